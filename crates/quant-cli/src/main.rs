@@ -1,0 +1,2 @@
+//! The `quant` binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Quantize language and embedding models and run them on a CPU.
