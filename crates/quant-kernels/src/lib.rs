@@ -1,1 +1,17 @@
-//! kernels
+//! Fast, exact and deterministic f32 kernels: the only crate of the project with vector instructions.
+//!
+//! - [`isa`] finds out what the processor can do;
+//! - [`dense`] multiplies matrices.
+//!
+//! Every function gives the same bits on every instruction set and for every number of threads. Work is split
+//! over the current rayon pool.
+
+pub mod dense;
+pub mod error;
+pub mod isa;
+
+pub use dense::{
+    HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,
+};
+pub use error::ShapeError;
+pub use isa::Isa;
