@@ -16,9 +16,16 @@
 //!
 //! Against exact arithmetic `|error| <= (KC + k/KC + 1) * eps * sum |a| |b|` to first order.
 
-use half::{bf16, f16};
-use ndarray::{ArrayView2, ArrayViewMut2};
+mod driver;
+mod operand;
+#[cfg(test)]
+mod tests;
 
+use half::{bf16, f16};
+use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
+
+use self::driver::Product;
+use self::operand::{Left, Plain, Right, Turned};
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.
@@ -60,8 +67,10 @@ pub fn gemm_nt(
     beta: f32,
     out: ArrayViewMut2<'_, f32>,
 ) -> Result<(), ShapeError> {
-    check("w", (w.nrows(), x.ncols()), w.dim())?;
-    naive(alpha, x, |p, j| w[[j, p]], beta, w.nrows(), out)
+    check_rows("x", &x)?;
+    check_rows("w", &w)?;
+    check_shape("w", [w.nrows(), x.ncols()], &w)?;
+    multiply([x.nrows(), x.ncols(), w.nrows()], alpha, Plain(x), Turned(w), beta, out)
 }
 
 /// `out = x · wᵀ` with `x: [m, k]`, `w: [n, k]` in 16 bits, `out: [m, n]`.
@@ -72,13 +81,20 @@ pub fn matmul_nt_half(
     w: HalfView<'_>,
     out: ArrayViewMut2<'_, f32>,
 ) -> Result<(), ShapeError> {
-    let (n, k) = w.dim();
-    check("w", (n, x.ncols()), (n, k))?;
-    let at = |p: usize, j: usize| match &w {
-        HalfView::Bf16(w) => w[[j, p]].to_f32(),
-        HalfView::F16(w) => w[[j, p]].to_f32(),
-    };
-    naive(1.0, x, at, 0.0, n, out)
+    check_rows("x", &x)?;
+    let shape = [x.nrows(), x.ncols(), w.dim().0];
+    match w {
+        HalfView::Bf16(w) => {
+            check_rows("w", &w)?;
+            check_shape("w", [w.nrows(), x.ncols()], &w)?;
+            multiply(shape, 1.0, Plain(x), Turned(w), 0.0, out)
+        }
+        HalfView::F16(w) => {
+            check_rows("w", &w)?;
+            check_shape("w", [w.nrows(), x.ncols()], &w)?;
+            multiply(shape, 1.0, Plain(x), Turned(w), 0.0, out)
+        }
+    }
 }
 
 /// `out = alpha · a · b + beta · out` with `a: [m, k]`, `b: [k, n]`, `out: [m, n]`.
@@ -89,77 +105,94 @@ pub fn matmul_nn(
     beta: f32,
     out: ArrayViewMut2<'_, f32>,
 ) -> Result<(), ShapeError> {
-    check("b", (a.ncols(), b.ncols()), b.dim())?;
-    naive(alpha, a, |p, j| b[[p, j]], beta, b.ncols(), out)
+    check_rows("a", &a)?;
+    check_rows("b", &b)?;
+    check_shape("b", [a.ncols(), b.ncols()], &b)?;
+    multiply([a.nrows(), a.ncols(), b.ncols()], alpha, Plain(a), Plain(b), beta, out)
 }
 
 /// `h += alpha · xᵀ · x` on the upper triangle (diagonal included) of `h: [k, k]`, with `x: [t, k]`.
 ///
 /// The strict lower triangle is neither read nor written; [`mirror_upper_to_lower`] fills it when all is summed.
-pub fn syrk_tn_acc(
-    x: ArrayView2<'_, f32>,
-    alpha: f32,
-    mut h: ArrayViewMut2<'_, f32>,
-) -> Result<(), ShapeError> {
-    let k = x.ncols();
-    check("h", (k, k), h.dim())?;
-    for i in 0..k {
-        for j in i..k {
-            let mut out = h[[i, j]];
-            for p0 in (0..x.nrows()).step_by(KC) {
-                let mut sum = 0.0f32;
-                for p in p0..(p0 + KC).min(x.nrows()) {
-                    sum = x[[p, i]].mul_add(x[[p, j]], sum);
-                }
-                out = alpha.mul_add(sum, out);
-            }
-            h[[i, j]] = out;
-        }
-    }
+/// The blocks of [`KC`] run over the rows of `x`: feeding `x` in several calls gives the bits of one call if each
+/// but the last has a multiple of [`KC`] rows.
+pub fn syrk_tn_acc(x: ArrayView2<'_, f32>, alpha: f32, h: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
+    let (depth, k) = x.dim();
+    check_rows("x", &x)?;
+    check_rows("h", &h)?;
+    check_shape("h", [k, k], &h)?;
+    Product { alpha, left: Turned(x), right: Plain(x), beta: 1.0, depth, upper: true }.run(h);
     Ok(())
 }
 
 /// Copies the upper triangle of `h: [k, k]` onto its lower triangle.
-pub fn mirror_upper_to_lower(mut h: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
+pub fn mirror_upper_to_lower(h: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
+    check_shape("h", [h.ncols(), h.ncols()], &h)?;
+    mirror(h);
+    Ok(())
+}
+
+/// Halves the square until both halves of a triangle sit in cache: the squares off the diagonal are disjoint views.
+fn mirror(mut h: ArrayViewMut2<'_, f32>) {
+    const SIDE: usize = 64;
     let k = h.ncols();
-    check("h", (k, k), h.dim())?;
-    for i in 0..k {
-        for j in 0..i {
-            h[[i, j]] = h[[j, i]];
-        }
-    }
-    Ok(())
-}
-
-fn check(operand: &'static str, expected: (usize, usize), found: (usize, usize)) -> Result<(), ShapeError> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(ShapeError::Shape { operand, expected: [expected.0, expected.1], found: [found.0, found.1] })
-}
-
-fn naive(
-    alpha: f32,
-    a: ArrayView2<'_, f32>,
-    b: impl Fn(usize, usize) -> f32,
-    beta: f32,
-    n: usize,
-    mut out: ArrayViewMut2<'_, f32>,
-) -> Result<(), ShapeError> {
-    let (m, k) = a.dim();
-    check("out", (m, n), out.dim())?;
-    for i in 0..m {
-        for j in 0..n {
-            let mut value = if beta == 0.0 { 0.0 } else { beta * out[[i, j]] };
-            for p0 in (0..k).step_by(KC) {
-                let mut sum = 0.0f32;
-                for p in p0..(p0 + KC).min(k) {
-                    sum = a[[i, p]].mul_add(b(p, j), sum);
-                }
-                value = alpha.mul_add(sum, value);
+    if k <= SIDE {
+        for i in 1..k {
+            for j in 0..i {
+                h[[i, j]] = h[[j, i]];
             }
-            out[[i, j]] = value;
         }
+        return;
     }
+    let (top, bottom) = h.split_at(Axis(0), k / 2);
+    let (first, upper) = top.split_at(Axis(1), k / 2);
+    let (lower, last) = bottom.split_at(Axis(1), k / 2);
+    rayon::join(|| transpose_into(upper.view(), lower), || rayon::join(|| mirror(first), || mirror(last)));
+}
+
+/// `to = fromᵀ`, by halves down to squares that sit in cache.
+fn transpose_into(from: ArrayView2<'_, f32>, mut to: ArrayViewMut2<'_, f32>) {
+    const SIDE: usize = 64;
+    let (rows, columns) = to.dim();
+    if rows.max(columns) <= SIDE {
+        to.assign(&from.t());
+        return;
+    }
+    let axis = if rows >= columns { Axis(0) } else { Axis(1) };
+    let at = rows.max(columns) / 2;
+    let (from_a, from_b) = from.split_at(Axis(1 - axis.index()), at);
+    let (to_a, to_b) = to.split_at(axis, at);
+    rayon::join(|| transpose_into(from_a, to_a), || transpose_into(from_b, to_b));
+}
+
+fn multiply<L: Left, R: Right>(
+    [m, depth, n]: [usize; 3],
+    alpha: f32,
+    left: L,
+    right: R,
+    beta: f32,
+    out: ArrayViewMut2<'_, f32>,
+) -> Result<(), ShapeError> {
+    check_rows("out", &out)?;
+    check_shape("out", [m, n], &out)?;
+    Product { alpha, left, right, beta, depth, upper: false }.run(out);
     Ok(())
+}
+
+fn check_shape<S: RawData>(
+    operand: &'static str,
+    expected: [usize; 2],
+    matrix: &ArrayBase<S, Ix2>,
+) -> Result<(), ShapeError> {
+    let found = [matrix.nrows(), matrix.ncols()];
+    if expected == found { Ok(()) } else { Err(ShapeError::Shape { operand, expected, found }) }
+}
+
+fn check_rows<S: RawData>(operand: &'static str, matrix: &ArrayBase<S, Ix2>) -> Result<(), ShapeError> {
+    let stride = matrix.strides()[1];
+    if stride == 1 || matrix.ncols() < 2 || matrix.is_empty() {
+        Ok(())
+    } else {
+        Err(ShapeError::Strided { operand, stride })
+    }
 }

@@ -109,6 +109,31 @@ fn names(list: &[Isa]) -> String {
 pub struct CpuFeatures {
     /// Ascending; the first is always [`Isa::Scalar`].
     supported: Vec<Isa>,
+    vectors: Vectors,
+}
+
+/// Proofs that the processor has the vectors of an instruction set.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vectors {
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) v3: Option<pulp::x86::V3>,
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) v4: Option<pulp::x86::V4>,
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) neon: Option<pulp::aarch64::Neon>,
+}
+
+impl Vectors {
+    fn detect() -> Vectors {
+        Vectors {
+            #[cfg(target_arch = "x86_64")]
+            v3: pulp::x86::V3::try_new(),
+            #[cfg(target_arch = "x86_64")]
+            v4: pulp::x86::V4::try_new(),
+            #[cfg(target_arch = "aarch64")]
+            neon: pulp::aarch64::Neon::try_new(),
+        }
+    }
 }
 
 impl CpuFeatures {
@@ -117,12 +142,21 @@ impl CpuFeatures {
         static FEATURES: OnceLock<CpuFeatures> = OnceLock::new();
         FEATURES.get_or_init(|| CpuFeatures {
             supported: Isa::ALL.into_iter().filter(|&isa| processor_has(isa)).collect(),
+            vectors: Vectors::detect(),
         })
     }
 
     /// Whether kernels for `isa` can run.
     pub fn has(&self, isa: Isa) -> bool {
         self.supported.contains(&isa)
+    }
+
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        expect(dead_code, reason = "scalar only")
+    )]
+    pub(crate) fn vectors(&self) -> Vectors {
+        self.vectors
     }
 
     /// The greatest supported instruction set that is not above `cap`.
@@ -262,11 +296,12 @@ mod tests {
 
     #[test]
     fn caps_fall_to_what_the_processor_has() {
-        let old = CpuFeatures { supported: vec![Isa::Scalar, Isa::Avx2, Isa::Avx512] };
+        let old =
+            CpuFeatures { supported: vec![Isa::Scalar, Isa::Avx2, Isa::Avx512], vectors: Vectors::detect() };
         assert_eq!(old.capped(Isa::Avx512Bf16), Isa::Avx512);
         assert_eq!(old.capped(Isa::AvxVnni), Isa::Avx2);
         assert_eq!(old.capped(Isa::Neon), Isa::Scalar);
-        let arm = CpuFeatures { supported: vec![Isa::Scalar, Isa::Neon] };
+        let arm = CpuFeatures { supported: vec![Isa::Scalar, Isa::Neon], vectors: Vectors::detect() };
         assert_eq!(arm.capped(Isa::NeonI8mm), Isa::Neon);
         assert_eq!(arm.capped(Isa::Avx2), Isa::Scalar);
     }

@@ -9,6 +9,8 @@
 pub mod dense;
 pub mod error;
 pub mod isa;
+pub mod roof;
+mod simd;
 
 pub use dense::{
     HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,

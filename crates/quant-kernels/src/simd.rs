@@ -1,0 +1,168 @@
+//! From an [`Isa`] to code compiled for it.
+//!
+//! pulp supplies the vectors and the functions that carry the target features; [`Vector`] adds the two things
+//! that matrix products need beside them: a register tile and a transposition. A token of type `V3`, `V4` or
+//! `Neon` proves that the processor has the instructions, so calling through it is safe.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use half::{bf16, f16};
+
+use crate::isa::Isa;
+
+/// Vectors of f32 with the shapes that suit their registers.
+pub(crate) trait Vector: pulp::Simd {
+    /// Greatest number of rows of a register tile.
+    const MR: usize;
+    /// Columns of a register tile, the width of a panel; a multiple of 8.
+    const NR: usize;
+
+    /// `sums[r, j] = fma over p ascending of a[p, r] * b[p, j]`, with `a: [kc, rows]`, `b: [kc, NR]`,
+    /// `sums: [rows, NR]` and `1 <= rows <= MR`.
+    fn tile(self, rows: usize, a: &[f32], b: &[f32], sums: &mut [f32]);
+
+    /// `panel[p, at + r] = rows[r][p]` for the 8 rows of equal length `kc`, with `panel: [kc, NR]`.
+    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize);
+}
+
+/// A stored number that widens to f32 without rounding.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// Its zero.
+    const ZERO: Self;
+    /// Widens some numbers; written so that it compiles to vector instructions.
+    fn widen<const N: usize>(numbers: &[Self; N]) -> [f32; N];
+}
+
+impl Element for f32 {
+    const ZERO: f32 = 0.0;
+
+    #[inline(always)]
+    fn widen<const N: usize>(numbers: &[f32; N]) -> [f32; N] {
+        *numbers
+    }
+}
+
+impl Element for bf16 {
+    const ZERO: bf16 = bf16::ZERO;
+
+    #[inline(always)]
+    fn widen<const N: usize>(numbers: &[bf16; N]) -> [f32; N] {
+        numbers.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16))
+    }
+}
+
+impl Element for f16 {
+    const ZERO: f16 = f16::ZERO;
+
+    #[inline(always)]
+    fn widen<const N: usize>(numbers: &[f16; N]) -> [f32; N] {
+        numbers.map(|x| widen_f16(x.to_bits()))
+    }
+}
+
+/// binary16 to binary32 without branches: the exponent is moved by a multiplication with 2^112, which is exact
+/// and normalises subnormals; infinities and NaN get their exponent and quiet bit by hand.
+#[inline(always)]
+pub(crate) fn widen_f16(bits: u16) -> f32 {
+    const TWO_112: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(bits);
+    let magnitude = (bits & 0x7fff) << 13;
+    let finite = (f32::from_bits(magnitude) * TWO_112).to_bits();
+    let quiet = if magnitude > 0x0f80_0000 { 0x0040_0000 } else { 0 };
+    let special = magnitude | 0x7f80_0000 | quiet;
+    let value = if magnitude >= 0x0f80_0000 { special } else { finite };
+    f32::from_bits(value | (bits & 0x8000) << 16)
+}
+
+/// A piece of work written once for all vectors.
+pub(crate) trait Work {
+    /// What it returns.
+    type Output;
+    /// Does it. Implementations are `#[inline(always)]`, so that they compile with the features of `V`.
+    fn run<V: Vector>(self, simd: V) -> Self::Output;
+}
+
+/// Runs `work` with the vectors of `isa`, which must come from [`crate::isa`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn run<W: Work>(isa: Isa, work: W) -> W::Output {
+    let tokens = crate::isa::CpuFeatures::detect().vectors();
+    match (tokens.v4, tokens.v3) {
+        (Some(v4), _) if isa >= Isa::Avx512 => v4.vectorize(Call { work, simd: v4 }),
+        (_, Some(v3)) if isa >= Isa::Avx2 => v3.vectorize(Call { work, simd: v3 }),
+        _ => work.run(pulp::Scalar::new()),
+    }
+}
+
+/// Runs `work` with the vectors of `isa`, which must come from [`crate::isa`].
+#[cfg(target_arch = "aarch64")]
+pub(crate) fn run<W: Work>(isa: Isa, work: W) -> W::Output {
+    match crate::isa::CpuFeatures::detect().vectors().neon {
+        Some(neon) if isa >= Isa::Neon => neon.vectorize(Call { work, simd: neon }),
+        _ => work.run(pulp::Scalar::new()),
+    }
+}
+
+/// Runs `work` with the vectors of `isa`, which must come from [`crate::isa`].
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) fn run<W: Work>(_: Isa, work: W) -> W::Output {
+    work.run(pulp::Scalar::new())
+}
+
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    expect(dead_code, reason = "scalar only")
+)]
+struct Call<W, V> {
+    work: W,
+    simd: V,
+}
+
+impl<W: Work, V: Vector> pulp::NullaryFnOnce for Call<W, V> {
+    type Output = W::Output;
+
+    #[inline(always)]
+    fn call(self) -> W::Output {
+        self.work.run(self.simd)
+    }
+}
+
+/// The register tile of [`Vector::tile`] with `M` rows and `V` vectors in each.
+#[inline(always)]
+fn register_tile<S: pulp::Simd, const M: usize, const V: usize>(
+    simd: S,
+    a: &[f32],
+    b: &[f32],
+    sums: &mut [f32],
+) {
+    let mut acc = [[simd.splat_f32s(0.0); V]; M];
+    let (a, _) = a.as_chunks::<M>();
+    let (b, _) = S::as_simd_f32s(b);
+    for (a, b) in a.iter().zip(b.as_chunks::<V>().0) {
+        for r in 0..M {
+            let x = simd.splat_f32s(a[r]);
+            for v in 0..V {
+                acc[r][v] = simd.mul_add_f32s(x, b[v], acc[r][v]);
+            }
+        }
+    }
+    let (sums, _) = S::as_mut_simd_f32s(sums);
+    for (sums, acc) in sums.as_chunks_mut::<V>().0.iter_mut().zip(acc) {
+        *sums = acc;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_f16_widens_as_in_half() {
+        for bits in 0..=u16::MAX {
+            assert_eq!(widen_f16(bits).to_bits(), f16::from_bits(bits).to_f32().to_bits(), "{bits:#06x}");
+        }
+    }
+}
