@@ -84,24 +84,19 @@ pub fn permute_symmetric(mut h: ArrayViewMut2<'_, f32>, perm: &[u32]) {
     permute_columns(h, perm);
 }
 
-/// Applies `m[i, :] <- m[perm[i], :]`, following each cycle with one row in hand.
+/// Applies `m[i, :] <- m[perm[i], :]` by swaps along each cycle.
 fn permute_rows(mut m: ArrayViewMut2<'_, f32>, perm: &[u32]) {
     let mut done = vec![false; perm.len()];
     for start in 0..perm.len() {
-        if done[start] || perm[start] as usize == start {
-            continue;
-        }
-        let first = m.row(start).to_owned();
         let mut to = start;
-        loop {
+        while !done[to] {
             done[to] = true;
             let from = perm[to] as usize;
-            if from == start {
-                m.row_mut(to).assign(&first);
-                break;
+            if from != start {
+                let (mut low, mut high) = m.view_mut().split_at(Axis(0), to.max(from));
+                let (mut a, mut b) = (low.row_mut(to.min(from)), high.row_mut(0));
+                a.iter_mut().zip(&mut b).for_each(|(a, b)| std::mem::swap(a, b));
             }
-            let (mut target, source) = m.multi_slice_mut((ndarray::s![to, ..], ndarray::s![from, ..]));
-            target.assign(&source);
             to = from;
         }
     }
@@ -131,8 +126,9 @@ mod tests {
     fn the_sum_is_that_of_outer_products() {
         let x = Array2::from_shape_fn((7, 5), |(i, j)| ((i * 5 + j * 3) % 11) as f32 - 5.0);
         let mut sum = HessianSum::new(5);
-        sum.accumulate(x.slice(ndarray::s![..3, ..])).unwrap();
-        sum.accumulate(x.slice(ndarray::s![3.., ..])).unwrap();
+        let (first, second) = x.view().split_at(Axis(0), 3);
+        sum.accumulate(first).unwrap();
+        sum.accumulate(second).unwrap();
         assert_eq!(sum.rows(), 7);
         assert!(sum.accumulate(Array2::zeros((1, 4)).view()).is_err());
         let h = sum.finish();

@@ -136,7 +136,7 @@ pub enum QuantizeError {
         scale: f32,
     },
     /// The method cannot follow the specification.
-    #[error(transparent)]
+    #[error("{source}")]
     Spec {
         /// Index into the layers of the call.
         layer: usize,
@@ -154,7 +154,7 @@ pub enum QuantizeError {
         found: usize,
     },
     /// The result cannot be held.
-    #[error(transparent)]
+    #[error("{source}")]
     Matrix {
         /// Index into the layers of the call.
         layer: usize,
