@@ -1,0 +1,259 @@
+//! A decoder's architecture as a value.
+
+mod fields;
+mod table;
+
+use quant_core::WeightSource;
+use serde_json::Value;
+
+use crate::error::ConfigError;
+use crate::rope::RopeSpec;
+
+pub(crate) use fields::Fields;
+pub use table::{Architecture, architectures};
+
+/// Everything that tells one decoder from another. The forward pass of [`crate::Decoder`] is one function of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ArchSpec {
+    /// `model_type` of the configuration, an entry of [`architectures`].
+    pub model_type: &'static str,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Features of the residual stream.
+    pub hidden_size: usize,
+    /// Blocks. Not yet verified against the checkpoint; allocate nothing by it.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
+    /// Features inside the MLP.
+    pub intermediate_size: usize,
+    /// Positions that the model was trained for.
+    pub max_positions: usize,
+    /// Normalisation before attention, before the MLP and at the end.
+    pub norm: NormSpec,
+    /// RMS normalisation of each query and key head before rope.
+    pub qk_norm: bool,
+    /// How positions enter.
+    pub positions: PositionSpec,
+    /// Nonlinearity of the MLP.
+    pub activation: Activation,
+    /// The MLP multiplies the activated gate with a second projection.
+    pub gated: bool,
+    /// Factor of the attention scores.
+    pub attention_scale: AttentionScale,
+    /// Which layers see only the last positions.
+    pub window: WindowSpec,
+    /// The output head is the embedding.
+    pub tied_embeddings: bool,
+    /// Dense linears are stored `[in, out]`.
+    pub conv1d: bool,
+    /// The linears of a block in the order in which they run; those of one stage share their input.
+    pub stages: Vec<Stage>,
+    /// Where tensors lie.
+    pub names: Names,
+    /// Beginning-of-text token, if any.
+    pub bos: Option<u32>,
+    /// Tokens that end a text.
+    pub eos: Vec<u32>,
+}
+
+/// The kind of all norms of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormSpec {
+    /// The formula.
+    pub kind: NormKind,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+/// The formula of a norm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) * weight`.
+    Rms,
+    /// `(x - mean) / std * weight + bias`.
+    Layer,
+}
+
+/// How positions enter a model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PositionSpec {
+    /// Rotation of queries and keys.
+    Rope(RopeSpec),
+    /// A learned vector per position, added to the embedding.
+    Learned,
+}
+
+/// Nonlinearity of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x * Phi(x)` with the error function.
+    Gelu,
+    /// The tanh approximation of [`Activation::Gelu`].
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Factor of the attention scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionScale {
+    /// The factor of the first layer.
+    pub base: f32,
+    /// Divide by the layer's number, counted from 1.
+    pub by_layer: bool,
+}
+
+impl AttentionScale {
+    /// The factor of a layer.
+    pub fn of_layer(self, layer: usize) -> f32 {
+        if self.by_layer { self.base / (layer + 1) as f32 } else { self.base }
+    }
+}
+
+/// Which layers see only the last positions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WindowSpec {
+    /// None.
+    Full,
+    /// Those from `first` on see `len` positions, their own included.
+    From {
+        /// First layer with a window.
+        first: usize,
+        /// Positions seen.
+        len: usize,
+    },
+    /// Those with a `true` see `len` positions, their own included.
+    Layers {
+        /// One entry per layer.
+        sliding: Vec<bool>,
+        /// Positions seen.
+        len: usize,
+    },
+}
+
+impl WindowSpec {
+    /// Positions that a token of this layer sees, its own included. `None` is all of them.
+    pub fn of_layer(&self, layer: usize) -> Option<usize> {
+        match self {
+            WindowSpec::From { first, len } if layer >= *first => Some(*len),
+            WindowSpec::Layers { sliding, len } if sliding.get(layer) == Some(&true) => Some(*len),
+            _ => None,
+        }
+    }
+}
+
+/// Linears of a block that share an input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stage {
+    /// What happens to their outputs.
+    pub kind: StageKind,
+    /// The linears, in the order of their outputs.
+    pub linears: Vec<LinearSpec>,
+}
+
+/// What a stage is for. Every block has these four in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StageKind {
+    /// Query, key and value projections (one linear or three), then attention.
+    Qkv,
+    /// Projection of the attended values, added to the residual stream.
+    AttentionOut,
+    /// Gate and up projection, or one projection, then the activation.
+    MlpIn,
+    /// Projection back, added to the residual stream.
+    MlpOut,
+}
+
+/// A linear layer of a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// Path below the block, such as `mlp.up_proj`.
+    pub name: &'static str,
+    /// Output features.
+    pub out_features: usize,
+    /// Input features.
+    pub in_features: usize,
+    /// The checkpoint must hold a bias. One that it holds anyway is used too.
+    pub bias: bool,
+    /// Fields of the configuration that the shape follows from.
+    pub because: &'static str,
+}
+
+/// Names of the tensors of an architecture, below a common prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// Prefix of files of a whole model, such as `model.`; files of a bare decoder come without.
+    pub prefix: &'static str,
+    /// The embedding.
+    pub embedding: &'static str,
+    /// The learned positions, if there are any.
+    pub positions: &'static str,
+    /// The list of blocks.
+    pub layers: &'static str,
+    /// Norm before attention, below a block.
+    pub attention_norm: &'static str,
+    /// Norm before the MLP, below a block.
+    pub mlp_norm: &'static str,
+    /// Norm of queries, below a block.
+    pub q_norm: &'static str,
+    /// Norm of keys, below a block.
+    pub k_norm: &'static str,
+    /// Norm after the last block.
+    pub final_norm: &'static str,
+    /// The output head; without the prefix.
+    pub head: &'static str,
+}
+
+impl ArchSpec {
+    /// Reads `config.json`.
+    pub fn from_config(config: &Value) -> Result<Self, ConfigError> {
+        table::build(config)
+    }
+
+    /// Features of all query heads together.
+    pub fn q_size(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Features of all key (or value) heads together.
+    pub fn kv_size(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The linears of a block in order, all stages joined. Their positions are the slots of [`crate::Block`].
+    pub fn linears(&self) -> impl Iterator<Item = &LinearSpec> {
+        self.stages.iter().flat_map(|stage| &stage.linears)
+    }
+
+    /// The slots of a stage.
+    pub fn slots(&self, stage: usize) -> std::ops::Range<usize> {
+        let start = self.stages[..stage].iter().map(|s| s.linears.len()).sum();
+        start..start + self.stages[stage].linears.len()
+    }
+
+    /// Path of a block, such as `model.layers.3`, as this checkpoint spells it.
+    pub fn block_path(&self, layer: usize, src: &dyn WeightSource) -> String {
+        let path = format!("{}.{layer}", self.names.layers);
+        let norm = format!("{path}.{}.weight", self.names.attention_norm);
+        format!("{}{path}", self.prefix_of(&norm, src))
+    }
+
+    /// Full name of a module outside the blocks, as this checkpoint spells it.
+    pub(crate) fn module_path(&self, module: &str, src: &dyn WeightSource) -> String {
+        format!("{}{module}", self.prefix_of(&format!("{module}.weight"), src))
+    }
+
+    /// The prefix, unless the checkpoint has the tensor without it.
+    fn prefix_of(&self, tensor: &str, src: &dyn WeightSource) -> &'static str {
+        let prefix = self.names.prefix;
+        let bare = !src.contains(&format!("{prefix}{tensor}")) && src.contains(tensor);
+        if bare { "" } else { prefix }
+    }
+}

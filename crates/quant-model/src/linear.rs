@@ -1,0 +1,228 @@
+//! Linear layers as the model sees them, whatever holds the weights.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
+use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
+use quant_kernels::{HalfView, matmul_nt, matmul_nt_half};
+
+use crate::error::ModelError;
+
+/// A linear layer with weights `[out, in]`: `y = x · wᵀ + bias`.
+///
+/// A row of the result depends on the row of `x` alone, not on how many rows there are.
+pub trait Linear: Send + Sync {
+    /// `[out, in]`.
+    fn shape(&self) -> (usize, usize);
+
+    /// Bytes in memory.
+    fn bytes(&self) -> usize;
+
+    /// `x`: `[t, in]`, `out`: `[t, out]` with contiguous rows.
+    fn forward(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError>;
+}
+
+/// A linear layer from the weights of a checkpoint. `module` appears in errors; with `conv1d` dense weights are
+/// stored `[in, out]`.
+pub fn linear(module: &str, weights: LinearWeights, conv1d: bool) -> Result<Box<dyn Linear>, ModelError> {
+    match weights {
+        LinearWeights::Dense { weight, bias } => {
+            let weight = Arc::new(DenseMatrix::new(module, &weight, conv1d)?);
+            Ok(Box::new(DenseLinear::new(weight, read_bias(module, bias.as_ref())?)))
+        }
+        LinearWeights::Quantized(layer) => Ok(Box::new(PackedLinear::new(module, *layer)?)),
+    }
+}
+
+/// The weights `[out, in]` of a layer in f32, dequantized where they are quantized.
+pub fn weight_f32(module: &str, weights: &LinearWeights, conv1d: bool) -> Result<Array2<f32>, ModelError> {
+    match weights {
+        LinearWeights::Dense { weight, .. } => Ok(DenseMatrix::new(module, weight, conv1d)?.to_f32()),
+        LinearWeights::Quantized(layer) => Ok(layer.weight.dequantize()),
+    }
+}
+
+fn read_bias(module: &str, bias: Option<&DenseTensor>) -> Result<Option<Vec<f32>>, ModelError> {
+    let Some(bias) = bias else { return Ok(None) };
+    let read = bias.to_f32();
+    Ok(Some(read.map_err(|source| WeightError::Tensor { name: format!("{module}.bias"), source })?))
+}
+
+/// A dense matrix in the type of the checkpoint: 16-bit weights stay 16 bits wide in memory.
+#[derive(Clone, Debug)]
+pub enum DenseMatrix {
+    /// Full precision (also what 8-bit and 64-bit floats become).
+    F32(Array2<f32>),
+    /// IEEE binary16.
+    F16(Array2<f16>),
+    /// The upper half of an f32.
+    Bf16(Array2<bf16>),
+}
+
+impl DenseMatrix {
+    /// A matrix from the tensor `name` of rank two; `transpose` swaps its dimensions.
+    pub fn new(name: &str, tensor: &DenseTensor, transpose: bool) -> Result<Self, WeightError> {
+        let &[rows, cols] = tensor.shape() else {
+            let reason = format!("shape {:?} where a matrix is needed", tensor.shape());
+            return Err(WeightError::Layout { name: name.to_owned(), reason });
+        };
+        fn shaped<T: Copy>(dim: (usize, usize), transpose: bool, values: Vec<T>) -> Array2<T> {
+            let matrix = Array2::from_shape_vec(dim, values).expect("a tensor's bytes fit its shape");
+            if transpose { matrix.t().as_standard_layout().into_owned() } else { matrix }
+        }
+        let (dim, bytes) = ((rows, cols), tensor.bytes());
+        let halves = || bytes.as_chunks().0.iter();
+        Ok(match tensor.dtype() {
+            DType::F16 => {
+                DenseMatrix::F16(shaped(dim, transpose, halves().map(|&b| f16::from_le_bytes(b)).collect()))
+            }
+            DType::BF16 => {
+                DenseMatrix::Bf16(shaped(dim, transpose, halves().map(|&b| bf16::from_le_bytes(b)).collect()))
+            }
+            _ => {
+                let values = tensor.to_f32();
+                let values =
+                    values.map_err(|source| WeightError::Tensor { name: name.to_owned(), source })?;
+                DenseMatrix::F32(shaped(dim, transpose, values))
+            }
+        })
+    }
+
+    /// `[rows, cols]`.
+    pub fn dim(&self) -> (usize, usize) {
+        match self {
+            DenseMatrix::F32(w) => w.dim(),
+            DenseMatrix::F16(w) => w.dim(),
+            DenseMatrix::Bf16(w) => w.dim(),
+        }
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        let (rows, cols) = self.dim();
+        rows * cols * if matches!(self, DenseMatrix::F32(_)) { 4 } else { 2 }
+    }
+
+    /// All elements in f32.
+    pub fn to_f32(&self) -> Array2<f32> {
+        match self {
+            DenseMatrix::F32(w) => w.clone(),
+            DenseMatrix::F16(w) => w.mapv(f16::to_f32),
+            DenseMatrix::Bf16(w) => w.mapv(bf16::to_f32),
+        }
+    }
+
+    /// Row `r` in f32. `out`: `[cols]`.
+    pub fn read_row(&self, r: usize, out: &mut [f32]) {
+        match self {
+            DenseMatrix::F32(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, &w)| *o = w),
+            DenseMatrix::F16(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, w)| *o = w.to_f32()),
+            DenseMatrix::Bf16(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, w)| *o = w.to_f32()),
+        }
+    }
+
+    /// `out = x · selfᵀ` with `x: [t, cols]`, `out: [t, rows]`.
+    pub fn matmul(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
+        Ok(match self {
+            DenseMatrix::F32(w) => matmul_nt(x, w.view(), out),
+            DenseMatrix::F16(w) => matmul_nt_half(x, HalfView::F16(w.view()), out),
+            DenseMatrix::Bf16(w) => matmul_nt_half(x, HalfView::Bf16(w.view()), out),
+        }?)
+    }
+}
+
+/// A linear layer of floats. The matrix may be shared: a tied head is the embedding.
+#[derive(Clone, Debug)]
+pub struct DenseLinear {
+    weight: Arc<DenseMatrix>,
+    bias: Option<Vec<f32>>,
+}
+
+impl DenseLinear {
+    /// A layer of these weights `[out, in]` and this bias `[out]`. Panics if they do not fit.
+    pub fn new(weight: Arc<DenseMatrix>, bias: Option<Vec<f32>>) -> Self {
+        assert!(bias.as_ref().is_none_or(|bias| bias.len() == weight.dim().0), "one bias per output");
+        Self { weight, bias }
+    }
+}
+
+impl Linear for DenseLinear {
+    fn shape(&self) -> (usize, usize) {
+        self.weight.dim()
+    }
+
+    fn bytes(&self) -> usize {
+        self.weight.bytes() + bias_bytes(self.bias.as_deref())
+    }
+
+    fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
+        self.weight.matmul(x, out.view_mut())?;
+        add_bias(self.bias.as_deref(), out);
+        Ok(())
+    }
+}
+
+/// A quantized linear layer.
+#[derive(Clone, Debug)]
+pub struct PackedLinear {
+    weight: QuantizedMatrix,
+    bias: Option<Vec<f32>>,
+}
+
+/// Rows that are dequantized at a time.
+const PANEL_ROWS: usize = 64;
+
+impl PackedLinear {
+    /// A layer ready to run. Fails on what no kernel here computes: quantized activations, low-rank corrections.
+    pub fn new(module: &str, layer: QuantizedLinear) -> Result<Self, ModelError> {
+        let unsupported =
+            |reason: &str| ModelError::Unsupported { module: module.to_owned(), reason: reason.to_owned() };
+        if layer.input != ActSpec::Float {
+            return Err(unsupported(
+                "its inputs are quantized, which is not supported; use weight-only layouts",
+            ));
+        }
+        if layer.low_rank.is_some() {
+            return Err(unsupported("it has a low-rank correction, which is not supported; merge it first"));
+        }
+        let matrix = |source| WeightError::Matrix { name: module.to_owned(), source };
+        layer.weight.validate().map_err(matrix)?;
+        let bias = read_bias(module, layer.bias.as_ref())?;
+        Ok(Self { weight: layer.weight, bias })
+    }
+}
+
+impl Linear for PackedLinear {
+    fn shape(&self) -> (usize, usize) {
+        (self.weight.rows(), self.weight.cols())
+    }
+
+    fn bytes(&self) -> usize {
+        self.weight.byte_len() + bias_bytes(self.bias.as_deref())
+    }
+
+    fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
+        let (rows, cols) = self.shape();
+        let mut panel = Array2::zeros((PANEL_ROWS.min(rows), cols));
+        for start in (0..rows).step_by(PANEL_ROWS) {
+            let end = rows.min(start + PANEL_ROWS);
+            let mut panel = panel.slice_axis_mut(Axis(0), Slice::from(..end - start));
+            self.weight.dequantize_rows(start..end, panel.view_mut());
+            matmul_nt(x, panel.view(), out.slice_axis_mut(Axis(1), Slice::from(start..end)))?;
+        }
+        add_bias(self.bias.as_deref(), out);
+        Ok(())
+    }
+}
+
+fn bias_bytes(bias: Option<&[f32]>) -> usize {
+    bias.map_or(0, |bias| 4 * bias.len())
+}
+
+fn add_bias(bias: Option<&[f32]>, mut out: ArrayViewMut2<'_, f32>) {
+    let Some(bias) = bias else { return };
+    for mut row in out.rows_mut() {
+        row.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
+    }
+}
