@@ -3,6 +3,10 @@
 //! - [`hessian`] sums second moments of a layer's input and reorders them.
 #![forbid(unsafe_code)]
 
+pub mod affine;
 pub mod hessian;
+pub mod range;
 
+pub use affine::Affine;
 pub use hessian::{Hessian, HessianSum};
+pub use range::{GridFit, ScaleOverflow, ScaleRule};
