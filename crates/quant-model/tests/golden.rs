@@ -1,0 +1,73 @@
+//! Logits of tiny models against those of transformers.
+
+mod support;
+
+use ndarray::{Array2, Ix2, s};
+use quant_model::{ArchSpec, Decoder};
+use quant_testkit::Golden;
+use support::{Tensors, config, exact};
+
+/// Every architecture with a reference file.
+const MODELS: [&str; 5] = ["base-llama", "base-mistral", "base-qwen2", "base-qwen3", "base-gpt2"];
+
+fn max_difference(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// The bound is the reference's own rounding error. Both programs evaluate the same formula in f32, with sums of the
+/// same lengths, so that their errors against f64 have one distribution; the largest of 12 000 errors of one may
+/// exceed that of the other, for which a factor of four is allowed. A wrong formula is off by orders of magnitude: in
+/// these files the largest error is near 1e-6 of the scale.
+#[test]
+fn logits_are_as_exact_as_the_reference() {
+    for name in MODELS {
+        let golden = Golden::open(name);
+        let (src, config) = (Tensors::read(golden.dir()), config(golden.dir()));
+        let ids = golden.ids("input_ids");
+        let spec = ArchSpec::from_config(&config).unwrap();
+        let exact = exact::logits(&spec, &src, &ids);
+        let reference = golden.f32("logits").into_dimensionality::<Ix2>().unwrap().mapv(f64::from);
+        let ours = Decoder::load(&config, &src).unwrap().logits(&ids).unwrap().mapv(f64::from);
+
+        let scale = exact.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+        let (theirs, error) = (max_difference(&reference, &exact), max_difference(&ours, &exact));
+        eprintln!("{name}: scale {scale:.2}, error {error:.1e}, of the reference {theirs:.1e}");
+        assert!(theirs < 1e-5 * scale, "{name}: the f64 pass is another formula");
+        assert!(error < 4.0 * theirs, "{name}: {error:.3e} against {theirs:.3e}");
+        assert!(max_difference(&ours, &reference) < 1e-4 * scale, "{name}");
+    }
+}
+
+#[test]
+fn cached_steps_have_the_bits_of_the_whole_pass() {
+    for name in MODELS {
+        let golden = Golden::open(name);
+        let model = Decoder::load(&config(golden.dir()), &Tensors::read(golden.dir())).unwrap();
+        let ids: Vec<u32> = golden.i32("calib_input_ids").iter().take(128).map(|&id| id as u32).collect();
+        let whole = model.logits(&ids).unwrap();
+        let mut cache = model.new_cache();
+        // A prompt, then single tokens, then a few together.
+        let cuts = [0, 40].into_iter().chain(41..=100).chain([103, 128]);
+        let cuts: Vec<usize> = cuts.collect();
+        for cut in cuts.windows(2) {
+            let last = model.next_logits(&ids[cut[0]..cut[1]], &mut cache).unwrap();
+            let equal = last.iter().zip(whole.row(cut[1] - 1)).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(equal, "{name} at {}..{}", cut[0], cut[1]);
+        }
+    }
+}
+
+#[test]
+fn sequences_side_by_side_have_the_bits_of_each_alone() {
+    for name in MODELS {
+        let golden = Golden::open(name);
+        let model = Decoder::load(&config(golden.dir()), &Tensors::read(golden.dir())).unwrap();
+        let ids = golden.i32("calib_input_ids").into_dimensionality::<Ix2>().unwrap();
+        let ids = ids.slice(s![..3, ..]).mapv(|id| id as u32);
+        let together = model.forward_batch(ids.view()).unwrap();
+        for (n, row) in ids.rows().into_iter().enumerate() {
+            let alone = model.forward(&row.to_vec(), &mut model.new_cache()).unwrap();
+            assert_eq!(together.slice(s![n * 64..(n + 1) * 64, ..]), alone, "{name}, sequence {n}");
+        }
+    }
+}
