@@ -122,10 +122,14 @@ fn name(storage: Storage) -> &'static str {
 
 fn encode(storage: Storage, values: &[f32]) -> Vec<u8> {
     match storage {
-        Storage::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
-        Storage::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-        Storage::F32 => values.iter().flat_map(|&v| v.to_le_bytes()).collect(),
+        Storage::Bf16 => little_endian(values, |v| bf16::from_f32(v).to_le_bytes()),
+        Storage::F16 => little_endian(values, |v| f16::from_f32(v).to_le_bytes()),
+        Storage::F32 => little_endian(values, f32::to_le_bytes),
     }
+}
+
+fn little_endian<const N: usize>(values: &[f32], element: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+    values.iter().map(|&v| element(v)).collect::<Vec<[u8; N]>>().into_flattened()
 }
 
 /// Elements `start + i * stride`, `i < count`, times `factor`.
