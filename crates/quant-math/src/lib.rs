@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod affine;
+pub mod cholesky;
 pub mod hessian;
 pub mod range;
 
