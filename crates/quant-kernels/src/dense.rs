@@ -70,7 +70,7 @@ pub fn gemm_nt(
     check_rows("x", &x)?;
     check_rows("w", &w)?;
     check_shape("w", [w.nrows(), x.ncols()], &w)?;
-    multiply([x.nrows(), x.ncols(), w.nrows()], alpha, Plain(x), Turned(w), beta, out)
+    multiply([x.nrows(), x.ncols(), w.nrows()], alpha, Plain::new(x), Turned::new(w), beta, out)
 }
 
 /// `out = x · wᵀ` with `x: [m, k]`, `w: [n, k]` in 16 bits, `out: [m, n]`.
@@ -87,12 +87,12 @@ pub fn matmul_nt_half(
         HalfView::Bf16(w) => {
             check_rows("w", &w)?;
             check_shape("w", [w.nrows(), x.ncols()], &w)?;
-            multiply(shape, 1.0, Plain(x), Turned(w), 0.0, out)
+            multiply(shape, 1.0, Plain::new(x), Turned::new(w), 0.0, out)
         }
         HalfView::F16(w) => {
             check_rows("w", &w)?;
             check_shape("w", [w.nrows(), x.ncols()], &w)?;
-            multiply(shape, 1.0, Plain(x), Turned(w), 0.0, out)
+            multiply(shape, 1.0, Plain::new(x), Turned::new(w), 0.0, out)
         }
     }
 }
@@ -108,7 +108,7 @@ pub fn matmul_nn(
     check_rows("a", &a)?;
     check_rows("b", &b)?;
     check_shape("b", [a.ncols(), b.ncols()], &b)?;
-    multiply([a.nrows(), a.ncols(), b.ncols()], alpha, Plain(a), Plain(b), beta, out)
+    multiply([a.nrows(), a.ncols(), b.ncols()], alpha, Plain::new(a), Plain::new(b), beta, out)
 }
 
 /// `h += alpha · xᵀ · x` on the upper triangle (diagonal included) of `h: [k, k]`, with `x: [t, k]`.
@@ -121,7 +121,7 @@ pub fn syrk_tn_acc(x: ArrayView2<'_, f32>, alpha: f32, h: ArrayViewMut2<'_, f32>
     check_rows("x", &x)?;
     check_rows("h", &h)?;
     check_shape("h", [k, k], &h)?;
-    Product { alpha, left: Turned(x), right: Plain(x), beta: 1.0, depth, upper: true }.run(h);
+    Product { alpha, left: Turned::new(x), right: Plain::new(x), beta: 1.0, depth, upper: true }.run(h);
     Ok(())
 }
 

@@ -25,8 +25,9 @@ pub(crate) trait Vector: pulp::Simd {
     /// `sums: [rows, NR]` and `1 <= rows <= MR`.
     fn tile(self, rows: usize, a: &[f32], b: &[f32], sums: &mut [f32]);
 
-    /// `panel[p, at + r] = rows[r][p]` for the 8 rows of equal length `kc`, with `panel: [kc, NR]`.
-    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize);
+    /// `out[p * stride + r] = rows[r][p]` for 8 rows of equal length, `p` ascending: with a stride below 8 the
+    /// columns overwrite the end of the ones before.
+    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize);
 }
 
 /// A stored number that widens to f32 without rounding.
@@ -51,7 +52,11 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn widen<const N: usize>(numbers: &[bf16; N]) -> [f32; N] {
-        numbers.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16))
+        let mut out = [0.0; N];
+        for (out, x) in out.iter_mut().zip(numbers) {
+            *out = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+        out
     }
 }
 
@@ -60,7 +65,11 @@ impl Element for f16 {
 
     #[inline(always)]
     fn widen<const N: usize>(numbers: &[f16; N]) -> [f32; N] {
-        numbers.map(|x| widen_f16(x.to_bits()))
+        let mut out = [0.0; N];
+        for (out, x) in out.iter_mut().zip(numbers) {
+            *out = widen_f16(x.to_bits());
+        }
+        out
     }
 }
 
@@ -128,6 +137,18 @@ impl<W: Work, V: Vector> pulp::NullaryFnOnce for Call<W, V> {
     fn call(self) -> W::Output {
         self.work.run(self.simd)
     }
+}
+
+/// Asks for the cache line at an address that will be read soon, if it is one.
+#[inline(always)]
+pub(crate) fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch changes nothing that the program can see and faults on no address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// The register tile of [`Vector::tile`] with `M` rows and `V` vectors in each.

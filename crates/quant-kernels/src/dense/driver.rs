@@ -6,8 +6,8 @@ use ndarray::{ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use super::KC;
-use super::operand::{Left, Right};
-use crate::simd::{self, Vector, Work};
+use super::operand::{Left, Right, SPILL};
+use crate::simd::{self, Vector, Work, prefetch};
 
 /// Rows of a task. The packed block of the left operand, `ROWS * KC` floats = 240 KiB, shares a level-2 cache of
 /// 512 KiB or more with what streams through; 240 is a multiple of every register tile's rows.
@@ -120,51 +120,53 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
 
     #[inline(always)]
     fn run<V: Vector>(self, simd: V) {
-        let Tile { row, column, out } = self.tile;
+        let Task { product, tile: Tile { row, column, out } } = self;
         let (m, n) = out.dim();
-        let depth = self.product.depth;
         let pass = KC * (LEFT_BUDGET / (m * KC)).max(1);
         let mut rows: Vec<&mut [f32]> =
             out.into_outer_iter_mut().map(|row| row.into_slice().expect("rows are contiguous")).collect();
 
         let mut scratch = SCRATCH.take();
-        let (packed, panel, sums) =
-            split_aligned(&mut scratch, m * pass.min(depth), KC.min(depth) * V::NR, V::MR * V::NR);
-        for start in (0..depth).step_by(pass) {
-            let end = (start + pass).min(depth);
-            for p in (start..end).step_by(KC) {
-                let block = p..(p + KC).min(end);
+        let (packed, panel, sums) = split_aligned(
+            &mut scratch,
+            m * pass.min(product.depth) + SPILL,
+            KC.min(product.depth) * V::NR,
+            V::MR * V::NR,
+        );
+        for start in (0..product.depth).step_by(pass) {
+            let end = (start + pass).min(product.depth);
+            for block in blocks(start, end) {
                 for i in (0..m).step_by(V::MR) {
-                    let here = i..(i + V::MR).min(m);
-                    let at = (p - start) * m + i * block.len();
-                    let out = &mut packed[at..at + here.len() * block.len()];
-                    self.product.left.pack(row + here.start..row + here.end, block.clone(), out);
+                    let here = row + i..row + (i + V::MR).min(m);
+                    let at = (block.start - start) * m + i * block.len();
+                    product.left.pack(simd, here, block.clone(), &mut packed[at..]);
                 }
             }
             for j in (0..n).step_by(V::NR) {
-                for p in (start..end).step_by(KC) {
-                    let block = p..(p + KC).min(end);
+                for block in blocks(start, end) {
                     let panel = &mut panel[..block.len() * V::NR];
-                    self.product.right.pack(simd, column + j, block.clone(), panel);
+                    product.right.pack(simd, column + j, block.clone(), panel);
+                    let beta = if block.start == 0 { product.beta } else { 1.0 };
                     for (i, rows) in (0..m).step_by(V::MR).zip(rows.chunks_mut(V::MR)) {
-                        if self.product.upper && row + i >= column + j + V::NR {
+                        // Columns of row r of the tile that are below the diagonal.
+                        let below = |r: usize| match product.upper {
+                            true => (row + i + r).saturating_sub(column + j),
+                            false => 0,
+                        };
+                        if below(0) >= V::NR {
                             break;
                         }
-                        let at = (p - start) * m + i * block.len();
-                        let a = &packed[at..at + rows.len() * block.len()];
-                        simd.tile(rows.len(), a, panel, sums);
+                        rows.iter().for_each(|row| prefetch(&raw const row[j]));
+                        let at = (block.start - start) * m + i * block.len();
+                        simd.tile(rows.len(), &packed[at..at + rows.len() * block.len()], panel, sums);
                         for (r, (out, sums)) in rows.iter_mut().zip(sums.chunks_exact(V::NR)).enumerate() {
-                            let skip =
-                                if self.product.upper { (row + i + r).saturating_sub(column + j) } else { 0 };
-                            let width = V::NR.min(n - j);
-                            if skip < width {
-                                let beta = if p == 0 { self.product.beta } else { 1.0 };
-                                add(
-                                    self.product.alpha,
-                                    &sums[skip..width],
-                                    beta,
-                                    &mut out[j + skip..j + width],
-                                );
+                            let end = (j + V::NR).min(n);
+                            match (below(r), out.get_mut(j..j + V::NR)) {
+                                (0, Some(out)) => add(product.alpha, sums, beta, out),
+                                (skip, _) if j + skip < end => {
+                                    add(product.alpha, &sums[skip..], beta, &mut out[j + skip..end]);
+                                }
+                                _ => {}
                             }
                         }
                     }
@@ -175,7 +177,12 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
     }
 }
 
-/// `out = alpha * sums + beta * out`.
+/// The parts of `start..end` that are summed apart.
+fn blocks(start: usize, end: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (start..end).step_by(KC).map(move |p| p..(p + KC).min(end))
+}
+
+/// `out = alpha * sums + beta * out`, as long as `out`.
 #[inline(always)]
 fn add(alpha: f32, sums: &[f32], beta: f32, out: &mut [f32]) {
     if beta == 0.0 {

@@ -24,21 +24,20 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
-    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize) {
+    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
         let kc = rows[0].len();
         let blocks = rows.map(|row| &row[..kc].as_chunks::<4>().0[..kc / 4]);
-        let (head, tail) = panel.split_at_mut(kc / 4 * 4 * Self::NR);
-        for (block, out) in head.chunks_exact_mut(4 * Self::NR).enumerate() {
+        for block in 0..kc / 4 {
             let [a, b, c, d, e, f, g, h] = blocks.map(|row| pulp::cast(E::widen(&row[block])));
             let upper = transpose_4x4(self, [a, b, c, d]);
             let lower = transpose_4x4(self, [e, f, g, h]);
-            for ((out, upper), lower) in out.chunks_exact_mut(Self::NR).zip(upper).zip(lower) {
-                let out: &mut [f32; 8] = (&mut out[at..at + 8]).try_into().expect("8 columns");
+            for ((p, upper), lower) in (4 * block..).zip(upper).zip(lower) {
+                let out: &mut [f32; 8] = (&mut out[p * stride..][..8]).try_into().expect("8 columns");
                 *out = pulp::cast([upper, lower]);
             }
         }
-        for (p, out) in (kc / 4 * 4..kc).zip(tail.chunks_exact_mut(Self::NR)) {
-            out[at..at + 8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
+        for p in kc / 4 * 4..kc {
+            out[p * stride..][..8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
         }
     }
 }

@@ -17,9 +17,9 @@ impl Vector for Scalar {
     }
 
     #[inline(always)]
-    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize) {
-        for (p, out) in panel.chunks_exact_mut(Self::NR).enumerate() {
-            out[at..at + 8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
+    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
+        for p in 0..rows[0].len() {
+            out[p * stride..][..8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
         }
     }
 }

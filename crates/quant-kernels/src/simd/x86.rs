@@ -4,7 +4,7 @@ use std::arch::x86_64::__m256;
 
 use pulp::x86::{V3, V4};
 
-use super::{Element, Vector, register_tile};
+use super::{Element, Vector, prefetch, register_tile};
 
 impl Vector for V3 {
     // 12 accumulators, 2 vectors of b, 1 broadcast of a: 15 of the 16 registers.
@@ -24,8 +24,8 @@ impl Vector for V3 {
     }
 
     #[inline(always)]
-    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize) {
-        transpose::<Self, E>(self, rows, panel, at);
+    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
+        transpose(self, rows, out, stride);
     }
 }
 
@@ -53,29 +53,43 @@ impl Vector for V4 {
     }
 
     #[inline(always)]
-    fn transpose<E: Element>(self, rows: [&[E]; 8], panel: &mut [f32], at: usize) {
-        transpose::<Self, E>(*self, rows, panel, at);
+    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
+        transpose(*self, rows, out, stride);
     }
 }
 
-/// [`Vector::transpose`] into panels of the width of `V`.
+/// [`Vector::transpose`] by squares of 8.
 #[inline(always)]
-fn transpose<V: Vector, E: Element>(simd: V3, rows: [&[E]; 8], panel: &mut [f32], at: usize) {
+fn transpose<E: Element>(simd: V3, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
     let kc = rows[0].len();
-    let blocks = rows.map(|row| &row[..kc].as_chunks::<8>().0[..kc / 8]);
-    let (head, tail) = panel.split_at_mut(kc / 8 * 8 * V::NR);
-    for (block, out) in head.chunks_exact_mut(8 * V::NR).enumerate() {
-        let columns = transpose_8x8(simd, blocks.map(|row| pulp::cast(E::widen(&row[block]))));
-        for (out, column) in out.chunks_exact_mut(V::NR).zip(columns) {
-            let out: &mut [f32; 8] = (&mut out[at..at + 8]).try_into().expect("8 columns");
-            *out = pulp::cast(column);
+    for row in rows {
+        assert_eq!(row.len(), kc);
+    }
+    assert!(kc == 0 || out.len() >= (kc - 1) * stride + 8);
+    let at = |r: usize, p: usize| -> __m256 {
+        debug_assert!(p + 8 <= kc);
+        // SAFETY: `p + 8 <= kc`, the length of every row; an array is aligned as its element.
+        pulp::cast(E::widen(unsafe { &*rows[r].as_ptr().add(p).cast::<[E; 8]>() }))
+    };
+    for p in (0..kc / 8 * 8).step_by(8) {
+        if p % 16 == 0 {
+            for r in 0..8 {
+                prefetch(rows[r].as_ptr().wrapping_add(p).wrapping_byte_add(1024));
+            }
+        }
+        let columns = [at(0, p), at(1, p), at(2, p), at(3, p), at(4, p), at(5, p), at(6, p), at(7, p)];
+        let columns = transpose_8x8(simd, columns);
+        for i in 0..8 {
+            // SAFETY: `p + i < kc`, and `(kc - 1) * stride + 8` numbers are in `out`; arrays are aligned as f32.
+            unsafe { *out.as_mut_ptr().add((p + i) * stride).cast::<[f32; 8]>() = pulp::cast(columns[i]) };
         }
     }
-    for (p, out) in (kc / 8 * 8..kc).zip(tail.chunks_exact_mut(V::NR)) {
-        out[at..at + 8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
+    for p in kc / 8 * 8..kc {
+        for r in 0..8 {
+            out[p * stride + r] = E::widen(&[rows[r][p]])[0];
+        }
     }
 }
-
 #[inline(always)]
 fn transpose_8x8(simd: V3, [r0, r1, r2, r3, r4, r5, r6, r7]: [__m256; 8]) -> [__m256; 8] {
     let avx = simd.avx;
