@@ -1,0 +1,152 @@
+//! Finding out how a checkpoint is quantized.
+//!
+//! The configuration decides where it names a method; then come files that only one library writes; then the
+//! names of tensors.
+
+use std::path::Path;
+
+use quant_core::DType;
+use serde_json::Value;
+
+use crate::error::FormatError;
+use crate::json;
+use crate::layout::{self, Layout};
+
+/// A layout that is known by its marks only.
+struct Family {
+    id: &'static str,
+    methods: &'static [&'static str],
+    suffixes: &'static [&'static str],
+}
+
+const FAMILIES: &[Family] = &[
+    Family { id: "awq", methods: &["awq"], suffixes: &[".scaled_zeros"] },
+    Family { id: "bitsandbytes", methods: &["bitsandbytes"], suffixes: &[".SCB", ".weight.absmax"] },
+    Family { id: "hqq", methods: &["hqq"], suffixes: &[".W_q"] },
+    Family { id: "sinq", methods: &["sinq"], suffixes: &[".meta.scale2"] },
+    Family { id: "quanto", methods: &["quanto"], suffixes: &[".weight._data", ".weight._data._data"] },
+    Family {
+        id: "compressed-tensors",
+        methods: &["compressed-tensors", "compressed_tensors"],
+        suffixes: &[".weight_packed"],
+    },
+    Family { id: "auto-round", methods: &["intel/auto-round"], suffixes: &[] },
+    Family { id: "fp8", methods: &["fp8", "fbgemm_fp8"], suffixes: &[".weight_scale_inv"] },
+    Family { id: "mxfp4", methods: &["mxfp4"], suffixes: &["_proj_blocks"] },
+    Family { id: "modelopt", methods: &["modelopt", "modelopt_fp4"], suffixes: &[".weight_scale_2"] },
+    Family { id: "torchao", methods: &["torchao"], suffixes: &["._weight_qdata"] },
+    Family { id: "exl2", methods: &["exl2"], suffixes: &[".q_weight"] },
+    Family { id: "exl3", methods: &["exl3"], suffixes: &[".trellis"] },
+];
+
+/// Files that hold a quantization configuration of their own, and the method where they do not name one.
+const SIDE_FILES: [(&str, &str); 4] = [
+    ("quantize_config.json", "gptq"),
+    ("quant_config.json", "awq"),
+    ("quanto_qmap.json", "quanto"),
+    ("hf_quant_config.json", "modelopt"),
+];
+
+/// The layout of a checkpoint and its configuration, which is `null` where tensors alone tell. `None`: floats.
+pub(crate) type Detected = Option<(&'static dyn Layout, Value)>;
+
+/// Looks at `config.json`, then at side files in `dir`, then at tensors.
+pub(crate) fn detect<'a>(
+    config: &Value,
+    dir: Option<&Path>,
+    tensors: impl Iterator<Item = (&'a str, DType, &'a [usize])> + Clone,
+) -> Result<Detected, FormatError> {
+    let embedded = ["quantization_config", "compression_config"];
+    let embedded = embedded.iter().filter_map(|key| config.get(key)).find(|v| !v.is_null());
+    if let Some(found) = embedded {
+        if !found.is_object() {
+            return Err(config_error("quantization_config", found, "it must be an object"));
+        }
+        return match method(found)? {
+            Some(method) => by_method(&method, found.clone()).map(Some),
+            None => by_tensors(tensors, found.clone()),
+        };
+    }
+    for (name, default) in SIDE_FILES {
+        let Some(path) = dir.map(|d| d.join(name)).filter(|p| p.exists()) else { continue };
+        let found: Value = json::read(&path, json::CONFIG_LIMIT)?;
+        let method = method(&found)?.unwrap_or_else(|| default.to_owned());
+        return by_method(&method, found).map(Some);
+    }
+    if dir.is_some_and(|d| d.join("model.safetensors.index.json.meta.json").exists()) {
+        return Err(not_yet("sinq", "model.safetensors.index.json.meta.json exists".into()));
+    }
+    by_tensors(tensors, Value::Null)
+}
+
+/// The method that a configuration names, in lower case.
+fn method(config: &Value) -> Result<Option<String>, FormatError> {
+    for key in ["quant_method", "method"] {
+        match config.get(key) {
+            None | Some(Value::Null) => {}
+            Some(Value::String(method)) => return Ok(Some(method.to_lowercase())),
+            Some(other) => return Err(config_error(key, other, "it must be a string")),
+        }
+    }
+    let modelopt = config.get("quant_algo").or_else(|| config.pointer("/quantization/quant_algo"));
+    Ok(modelopt.map(|_| "modelopt".to_owned()))
+}
+
+fn by_method(method: &str, config: Value) -> Result<(&'static dyn Layout, Value), FormatError> {
+    if let Some(layout) = layout::layouts().iter().find(|l| l.methods().contains(&method)) {
+        return Ok((*layout, config));
+    }
+    if let Some(family) = FAMILIES.iter().find(|f| f.methods.contains(&method)) {
+        return Err(not_yet(family.id, format!("quant_method {method}")));
+    }
+    let recognised: Vec<_> = FAMILIES.iter().flat_map(|f| f.methods.iter().copied()).collect();
+    Err(FormatError::UnknownMethod {
+        found: method.to_owned(),
+        supported: supported_methods(),
+        recognised: recognised.join(", "),
+    })
+}
+
+/// Goes by the names of tensors, for files without a configuration or with one that names no method.
+fn by_tensors<'a>(
+    tensors: impl Iterator<Item = (&'a str, DType, &'a [usize])> + Clone,
+    config: Value,
+) -> Result<Detected, FormatError> {
+    let mut packed = false;
+    for (name, dtype, _) in tensors.clone() {
+        if let Some(family) = FAMILIES.iter().find(|f| f.suffixes.iter().any(|s| name.ends_with(s))) {
+            return Err(not_yet(family.id, format!("tensor {}", crate::display_name(name))));
+        }
+        match name.rsplit_once('.') {
+            Some((_, "qweight")) if dtype == DType::I16 => {
+                return Err(not_yet("awq", format!("tensor {} of I16", crate::display_name(name))));
+            }
+            Some((_, "g_idx")) => {
+                let gptq = layout::layouts().iter().find(|l| l.module_of(name).is_some());
+                return Ok(gptq.map(|l| (*l, config)));
+            }
+            Some((_, "qweight")) => packed = true,
+            _ => {}
+        }
+    }
+    if packed {
+        return Err(not_yet("awq", "tensors named qweight, none named g_idx".into()));
+    }
+    Ok(None)
+}
+
+fn supported_methods() -> String {
+    let mut methods: Vec<_> = layout::layouts().iter().flat_map(|l| l.methods().iter().copied()).collect();
+    methods.dedup();
+    methods.sort_unstable();
+    methods.dedup();
+    methods.join(", ")
+}
+
+pub(crate) fn not_yet(layout: &'static str, evidence: String) -> FormatError {
+    FormatError::NotYet { layout, evidence, supported: supported_methods() }
+}
+
+fn config_error(field: &str, found: &Value, expected: &str) -> FormatError {
+    FormatError::Config { field: field.to_owned(), found: found.to_string(), expected: expected.to_owned() }
+}

@@ -1,0 +1,148 @@
+//! On-disk layouts of one quantized linear layer, and the table of them.
+//!
+//! To add a layout: one file that implements [`Layout`] and [`Reader`], and one line in [`layouts`]. If the
+//! layout was recognised before, its line in `FAMILIES` of `detect.rs` goes.
+
+mod gptq;
+
+use std::collections::BTreeMap;
+
+use ndarray::Array2;
+use quant_core::{DType, DenseTensor, QuantSpec, QuantizedLinear, QuantizedMatrix};
+use serde_json::{Map, Value};
+
+use crate::error::{FormatError, Unsupported};
+use crate::sink::PlannedTensor;
+
+/// All layouts that can be read and written, best known first.
+pub fn layouts() -> &'static [&'static dyn Layout] {
+    &[&gptq::V1, &gptq::V2]
+}
+
+/// The layout of that name.
+pub fn layout(id: &str) -> Result<&'static dyn Layout, FormatError> {
+    layouts().iter().copied().find(|l| l.id() == id).ok_or_else(|| {
+        let known: Vec<_> = layouts().iter().map(|l| l.id()).collect();
+        FormatError::UnknownLayout { found: id.to_owned(), known: known.join(", ") }
+    })
+}
+
+/// The first layout that can store such matrices, or why the first one can't.
+pub fn layout_for(spec: &QuantSpec, rows: usize, cols: usize) -> Result<&'static dyn Layout, Unsupported> {
+    let mut refusal = None;
+    for &layout in layouts() {
+        match layout.can_store(spec, rows, cols) {
+            Ok(()) => return Ok(layout),
+            Err(e) => refusal = refusal.or(Some(e)),
+        }
+    }
+    Err(refusal.unwrap_or(Unsupported {
+        layout: "this build",
+        field: "quantized weights",
+        found: String::new(),
+        remedy: "it has no layouts".into(),
+    }))
+}
+
+/// Tensors by name: a checkpoint, a single file, or a map in memory.
+pub trait TensorSource: Sync {
+    /// Type and shape of a tensor, without reading it.
+    fn lookup(&self, name: &str) -> Option<(DType, &[usize])>;
+
+    /// A whole tensor.
+    fn read(&self, name: &str) -> Result<DenseTensor, FormatError>;
+}
+
+impl TensorSource for BTreeMap<String, DenseTensor> {
+    fn lookup(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.get(name).map(|t| (t.dtype(), t.shape()))
+    }
+
+    fn read(&self, name: &str) -> Result<DenseTensor, FormatError> {
+        let because = "it is not in this map";
+        self.get(name)
+            .cloned()
+            .ok_or_else(|| FormatError::Missing { tensor: name.to_owned(), because: because.into() })
+    }
+}
+
+/// How the linear layers of a checkpoint are laid out on disk. Stateless; everything that a file says about
+/// itself is in its [`Reader`].
+pub trait Layout: Send + Sync {
+    /// Short name, such as `gptq_v2`.
+    fn id(&self) -> &'static str;
+
+    /// One line for people.
+    fn description(&self) -> &'static str;
+
+    /// The `quant_method`s of configurations that mean this layout.
+    fn methods(&self) -> &'static [&'static str];
+
+    /// The part that every quantized module has, such as `qweight`.
+    fn marker(&self) -> &'static str;
+
+    /// The module that a tensor is a quantized part of, going by its name.
+    fn module_of<'a>(&self, tensor: &'a str) -> Option<&'a str>;
+
+    /// Whether a matrix `[rows, cols]` made to `spec` can be stored: if not, which field stands in the way and
+    /// what to choose instead.
+    fn can_store(&self, spec: &QuantSpec, rows: usize, cols: usize) -> Result<(), Unsupported>;
+
+    /// The tensors that [`Layout::write`] will give for a matrix `[rows, cols]` made to `spec`, with the type of
+    /// the bias if there is one. Exact, so that sizes are known before any work.
+    fn planned(
+        &self,
+        spec: &QuantSpec,
+        rows: usize,
+        cols: usize,
+        module: &str,
+        bias: Option<DType>,
+    ) -> Vec<PlannedTensor>;
+
+    /// The tensors of one layer, with their full names.
+    fn write(
+        &self,
+        linear: &QuantizedLinear,
+        module: &str,
+    ) -> Result<Vec<(String, DenseTensor)>, FormatError>;
+
+    /// The `quantization_config` of a checkpoint written in this layout.
+    fn config(&self, model: &StoredModel<'_>) -> Value;
+
+    /// Further files that other programs look for, made from [`Layout::config`].
+    fn side_files(&self, _config: &Value) -> Vec<(String, Vec<u8>)> {
+        Vec::new()
+    }
+
+    /// Prepares to read a checkpoint with this `quantization_config` (`null` where there is none).
+    fn reader(&self, config: &Value) -> Result<Box<dyn Reader>, FormatError>;
+
+    /// The weights `[out, in]` as this layout's own library computes them, with its rounding.
+    fn dequantize_like_peer(&self, matrix: &QuantizedMatrix) -> Array2<f32>;
+}
+
+/// What a checkpoint written in some layout holds.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredModel<'a> {
+    /// What most modules were quantized to.
+    pub spec: &'a QuantSpec,
+    /// Modules of the decoder that differ: another specification, or `None` for those left in float.
+    pub exceptions: &'a [(String, Option<QuantSpec>)],
+    /// Anything worth noting, such as `damp_percent`.
+    pub meta: &'a Map<String, Value>,
+}
+
+/// Reads the layers of one checkpoint: a [`Layout`] with the checkpoint's configuration.
+pub trait Reader: Send + Sync {
+    /// The layout, with its version.
+    fn layout(&self) -> &'static dyn Layout;
+
+    /// What the configuration says of most modules, where it says something.
+    fn spec(&self) -> Option<QuantSpec>;
+
+    /// Shape `[out, in]` of a layer. Checks the names, types and shapes of its tensors; reads no data.
+    fn shape(&self, source: &dyn TensorSource, module: &str) -> Result<(usize, usize), FormatError>;
+
+    /// Reads a layer. The result is consistent: its `weight.validate()` succeeds.
+    fn read(&self, source: &dyn TensorSource, module: &str) -> Result<QuantizedLinear, FormatError>;
+}

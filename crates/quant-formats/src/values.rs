@@ -1,0 +1,105 @@
+//! Values that no weight can have: NaN and infinity.
+
+use quant_core::{DenseTensor, Offset, QuantizedLinear};
+
+use crate::error::FormatError;
+
+/// Elements that are decoded at a time.
+const BLOCK: usize = 4096;
+
+/// What a scan of a tensor found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NonFinite {
+    /// Index of the first such element in the flattened tensor.
+    pub first: usize,
+    /// Its value.
+    pub value: f32,
+    /// How many there are.
+    pub count: usize,
+}
+
+/// Looks for NaN and infinity in a tensor. Other types than floats have none, and F64 counts as it will be
+/// used, in f32.
+pub fn non_finite(tensor: &DenseTensor) -> Option<NonFinite> {
+    if !tensor.dtype().is_float() {
+        return None;
+    }
+    let len = tensor.len();
+    let mut found: Option<NonFinite> = None;
+    let mut block = vec![0.0; BLOCK.min(len)];
+    for start in (0..len).step_by(BLOCK) {
+        let end = (start + BLOCK).min(len);
+        let block = &mut block[..end - start];
+        if tensor.read_f32(start..end, block).is_err() {
+            return None;
+        }
+        // Without an early exit, so that it is vectorised.
+        if block.iter().fold(true, |finite, v| finite & v.is_finite()) {
+            continue;
+        }
+        for (i, &value) in block.iter().enumerate().filter(|(_, v)| !v.is_finite()) {
+            found.get_or_insert(NonFinite { first: start + i, value, count: 0 }).count += 1;
+        }
+    }
+    found
+}
+
+/// Fails if a float tensor holds NaN or infinity, naming the first.
+pub fn check_tensor(name: &str, tensor: &DenseTensor) -> Result<(), FormatError> {
+    match non_finite(tensor) {
+        None => Ok(()),
+        Some(found) => Err(found.error(name)),
+    }
+}
+
+/// Fails if a scale, zero point or bias of a layer is NaN or infinite. `part` indices count in this crate's order
+/// `[out, groups]`.
+pub fn check_layer(module: &str, linear: &QuantizedLinear) -> Result<(), FormatError> {
+    let weight = &linear.weight;
+    let offset = match &weight.offset {
+        Offset::None => None,
+        Offset::Zero(p) => Some(("zeros", p)),
+        Offset::Shift { param, .. } => Some(("shifts", param)),
+    };
+    for (part, params) in [("scales", &weight.scales)].into_iter().chain(offset) {
+        if let Some(first) = params.first_non_finite() {
+            return Err(
+                NonFinite { first, value: params.get(first), count: 1 }.error(&format!("{module}.{part}"))
+            );
+        }
+    }
+    match &linear.bias {
+        Some(bias) => check_tensor(&format!("{module}.bias"), bias),
+        None => Ok(()),
+    }
+}
+
+impl NonFinite {
+    fn error(self, tensor: &str) -> FormatError {
+        FormatError::Value {
+            tensor: tensor.to_owned(),
+            index: self.first,
+            found: self.value.to_string(),
+            expected: "weights and scales must be finite".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_found_and_all_are_counted() {
+        let mut values = vec![1.0f32; 10_000];
+        assert_eq!(non_finite(&DenseTensor::from_f32(&[100, 100], &values)), None);
+        values[5000] = f32::INFINITY;
+        values[9999] = f32::NAN;
+        let found = non_finite(&DenseTensor::from_f32(&[100, 100], &values)).unwrap();
+        assert_eq!(found, NonFinite { first: 5000, value: f32::INFINITY, count: 2 });
+        let error =
+            check_tensor("a.weight", &DenseTensor::from_f32_as_f16(&[2], &[0.0, f32::NAN])).unwrap_err();
+        assert_eq!(error.to_string(), "a.weight: element 1 is NaN; weights and scales must be finite");
+        assert_eq!(non_finite(&DenseTensor::from_i32(&[1], &[-1])), None);
+    }
+}
