@@ -1,0 +1,123 @@
+//! What the user asks for.
+
+use quant_core::{GroupSize, QuantSpec, SpecError};
+use quant_methods::{MethodOptions, Quantizer};
+use regex::Regex;
+
+use crate::calibration::CalibrationSource;
+use crate::error::Error;
+
+/// What to do with weights that are not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NonFinite {
+    /// Stop, naming tensor and index.
+    #[default]
+    Refuse,
+    /// Replace them with zero and count them.
+    Zero,
+}
+
+/// How to quantize a checkpoint. Start from [`QuantizeConfig::new`] and change fields:
+///
+/// ```
+/// use quant::{GroupSize, QuantizeConfig};
+///
+/// let config = QuantizeConfig { bits: 3, group: GroupSize::Columns(64), ..QuantizeConfig::new("gptq")? };
+/// config.validate()?;
+/// assert!(QuantizeConfig::new("magic").unwrap_err().to_string().contains("gptq"));
+/// # Ok::<(), quant::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct QuantizeConfig {
+    /// Name of the method; see [`crate::methods`].
+    pub method: String,
+    /// Bits per code.
+    pub bits: u8,
+    /// Elements that share a scale.
+    pub group: GroupSize,
+    /// Symmetric grids; `None` is the method's default.
+    pub symmetric: Option<bool>,
+    /// Options of the method.
+    pub options: MethodOptions,
+    /// Id of the layout to write; `None` is the method's own.
+    pub layout: Option<String>,
+    /// Calibration data, for methods that need it.
+    pub calibration: CalibrationSource,
+    /// Calibration samples at most.
+    pub samples: usize,
+    /// Tokens per calibration sample, at most the context length of the model.
+    pub seq_len: usize,
+    /// Chooses the samples where there are more than asked for.
+    pub seed: u64,
+    /// Quantize only modules that match one of these (all linears of the blocks if empty).
+    pub include: Vec<Regex>,
+    /// Leave modules that match one of these in float.
+    pub exclude: Vec<Regex>,
+    /// Observe each layer's inputs behind the quantized layers before it in the same block, too.
+    pub true_sequential: bool,
+    /// What to do with NaN and infinity among the weights.
+    pub non_finite: NonFinite,
+    /// Peak resident memory in bytes to stay below.
+    pub max_memory: Option<u64>,
+    /// Largest size of an output file in bytes.
+    pub shard_size: u64,
+    /// Replace an existing output.
+    pub overwrite: bool,
+}
+
+impl QuantizeConfig {
+    /// The defaults of a method: 4 bits, groups of 128, 128 samples of 512 tokens of the built-in text.
+    /// An unknown name is answered with the known ones.
+    pub fn new(method: &str) -> Result<Self, Error> {
+        quant_methods::quantizer(method, &MethodOptions::default())?;
+        Ok(Self {
+            method: method.to_owned(),
+            bits: 4,
+            group: GroupSize::Columns(128),
+            symmetric: None,
+            options: MethodOptions::default(),
+            layout: None,
+            calibration: CalibrationSource::Builtin,
+            samples: 128,
+            seq_len: 512,
+            seed: 0,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            true_sequential: true,
+            non_finite: NonFinite::Refuse,
+            max_memory: None,
+            shard_size: 5_000_000_000,
+            overwrite: false,
+        })
+    }
+
+    /// The method with its options.
+    pub fn quantizer(&self) -> Result<Box<dyn Quantizer>, Error> {
+        Ok(quant_methods::quantizer(&self.method, &self.options)?)
+    }
+
+    /// The specification every selected linear gets.
+    pub fn spec(&self) -> Result<QuantSpec, Error> {
+        let default = self.quantizer()?.default_spec();
+        let symmetric = self.symmetric.unwrap_or(default.symmetric);
+        Ok(QuantSpec { bits: self.bits, group: self.group, symmetric, ..default })
+    }
+
+    /// Checks everything that can be checked without a checkpoint.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.quantizer()?.validate(&self.spec()?)?;
+        for (option, value) in [("samples", self.samples), ("seq_len", self.seq_len)] {
+            if value == 0 {
+                let allowed = "at least 1";
+                return Err(SpecError::Option { option, found: "0".to_owned(), allowed }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// True if the module of this path is to be quantized.
+    pub(crate) fn selects(&self, module: &str) -> bool {
+        let matches = |list: &[Regex]| list.iter().any(|r| r.is_match(module));
+        (self.include.is_empty() || matches(&self.include)) && !matches(&self.exclude)
+    }
+}

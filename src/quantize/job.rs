@@ -1,0 +1,168 @@
+//! What a run will do, found out from headers alone.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use quant_core::{QuantSpec, WeightSource};
+use quant_formats::{Checkpoint, Layout, PlannedTensor, layouts};
+use quant_methods::{Needs, Quantizer};
+use quant_model::ArchSpec;
+use serde_json::Value;
+
+use crate::config::QuantizeConfig;
+use crate::error::{Error, Problem};
+
+/// A linear layer that will be quantized.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    /// Module path.
+    pub(crate) module: String,
+    /// Its float weight in the checkpoint.
+    pub(crate) weight: String,
+    /// Its bias in the checkpoint.
+    pub(crate) bias: Option<String>,
+    /// Outputs.
+    pub(crate) rows: usize,
+    /// Inputs.
+    pub(crate) cols: usize,
+    /// Stored `[in, out]`.
+    pub(crate) transposed: bool,
+    /// Bytes per weight as stored.
+    pub(crate) stored_width: usize,
+    /// The tensors it becomes.
+    pub(crate) tensors: Vec<PlannedTensor>,
+}
+
+impl Target {
+    /// Bytes of what replaces the weight, without the bias.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        let bias = format!("{}.bias", self.module);
+        self.tensors.iter().filter(|t| t.name != bias).filter_map(PlannedTensor::byte_len).sum()
+    }
+}
+
+/// A run, ready to start: nothing has been read but headers, nothing written.
+pub(crate) struct Job<'a> {
+    pub(crate) config: &'a QuantizeConfig,
+    pub(crate) source: Checkpoint,
+    /// `None` for a bare file of tensors.
+    pub(crate) arch: Option<Arc<ArchSpec>>,
+    pub(crate) quantizer: Box<dyn Quantizer>,
+    pub(crate) layout: &'static dyn Layout,
+    pub(crate) spec: QuantSpec,
+    pub(crate) targets: Vec<Target>,
+    /// Index of the target of a module.
+    pub(crate) by_module: HashMap<String, usize>,
+    /// Tensors that are carried over as they are.
+    pub(crate) carried: Vec<PlannedTensor>,
+    pub(crate) problems: Vec<Problem>,
+}
+
+impl<'a> Job<'a> {
+    /// Looks at the checkpoint and finds every layer, every output tensor and every problem.
+    pub(crate) fn prepare(source: Checkpoint, config: &'a QuantizeConfig) -> Result<Self, Error> {
+        config.validate()?;
+        let quantizer = config.quantizer()?;
+        let spec = config.spec()?;
+        let layout = match &config.layout {
+            Some(id) => quant_formats::layout(id)?,
+            None => default_layout(&spec),
+        };
+        let arch = match source.config() {
+            Value::Null if quantizer.needs() == Needs::None => None,
+            Value::Null => return Err(Error::NoModel { method: config.method.clone() }),
+            config => Some(Arc::new(ArchSpec::from_config(config)?)),
+        };
+        let (by_module, carried, problems) = (HashMap::new(), Vec::new(), Vec::new());
+        let targets = Vec::new();
+        let mut job =
+            Self { config, source, arch, quantizer, layout, spec, targets, by_module, carried, problems };
+        job.find_targets()?;
+        job.find_carried();
+        if job.targets.is_empty() {
+            let message = "no layer is selected; see --include and --exclude".to_owned();
+            job.problems.push(Problem { tensor: None, message });
+        }
+        Ok(job)
+    }
+
+    fn find_targets(&mut self) -> Result<(), Error> {
+        let mut modules = Vec::new();
+        match self.arch.clone() {
+            Some(arch) => {
+                for layer in 0..arch.layers {
+                    let path = arch.block_path(layer, &self.source);
+                    for linear in arch.linears() {
+                        let module = format!("{path}.{}", linear.name);
+                        // Also ends the loop, at the first missing layer, when `layers` is nonsense.
+                        let stored = self.source.linear_shape(&module)?;
+                        let shape = (linear.out_features, linear.in_features);
+                        modules.push((module, shape, arch.conv1d, stored, linear.because));
+                    }
+                }
+            }
+            None => {
+                let floats = self.source.tensor_infos().filter(|(_, t)| t.shape.len() == 2 && t.dtype.is_float());
+                for (name, tensor) in floats {
+                    let shape = (tensor.shape[0], tensor.shape[1]);
+                    let module = name.strip_suffix(".weight").unwrap_or(name).to_owned();
+                    modules.push((module, shape, false, shape, ""));
+                }
+            }
+        }
+        for (module, shape, transposed, stored, because) in modules {
+            let expected = if transposed { (shape.1, shape.0) } else { shape };
+            let weight = [format!("{module}.weight"), module.clone()].into_iter();
+            let Some(weight) = weight.into_iter().find(|name| self.source.contains(name)) else {
+                return Err(Error::AlreadyQuantized { module });
+            };
+            if stored != expected {
+                let message = format!("shape {stored:?} where {expected:?} follows from {because}");
+                self.problems.push(Problem { tensor: Some(weight), message });
+            } else if self.config.selects(&module) {
+                self.add_target(module, weight, shape, transposed);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_target(&mut self, module: String, weight: String, (rows, cols): (usize, usize), transposed: bool) {
+        if let Err(unsupported) = self.layout.can_store(&self.spec, rows, cols) {
+            self.problems.push(Problem { tensor: Some(module), message: unsupported.to_string() });
+            return;
+        }
+        let bias = Some(format!("{module}.bias")).filter(|name| self.source.contains(name));
+        let bias_dtype = bias.as_ref().and_then(|name| self.source.tensor_info(name)).map(|info| info.dtype);
+        let tensors = self.layout.planned(&self.spec, rows, cols, &module, bias_dtype);
+        let stored_width = self.source.tensor_info(&weight).map_or(4, |info| info.dtype.bits().div_ceil(8));
+        self.by_module.insert(module.clone(), self.targets.len());
+        self.targets.push(Target { module, weight, bias, rows, cols, transposed, stored_width, tensors });
+    }
+
+    fn find_carried(&mut self) {
+        let replaced: HashSet<&str> =
+            self.targets.iter().flat_map(|t| [Some(t.weight.as_str()), t.bias.as_deref()]).flatten().collect();
+        let carried = self.source.tensor_infos().filter(|(name, _)| !replaced.contains(name));
+        self.carried = carried.map(|(name, info)| PlannedTensor::new(name, info.dtype, &info.shape)).collect();
+    }
+
+    /// All tensors of the output.
+    pub(crate) fn outputs(&self) -> Vec<PlannedTensor> {
+        let quantized = self.targets.iter().flat_map(|t| t.tensors.iter().cloned());
+        self.carried.iter().cloned().chain(quantized).collect()
+    }
+
+    /// Bits per weight of the layers that are quantized, biases not counted.
+    pub(crate) fn bits_per_weight(&self) -> f64 {
+        let weights: usize = self.targets.iter().map(|t| t.rows * t.cols).sum();
+        let bytes: u64 = self.targets.iter().map(Target::weight_bytes).sum();
+        if weights == 0 { 0.0 } else { 8.0 * bytes as f64 / weights as f64 }
+    }
+}
+
+/// The first layout that can store such layers if their sizes allow; which sizes do is told later, by layer.
+fn default_layout(spec: &QuantSpec) -> &'static dyn Layout {
+    const FRIENDLY: usize = 4096;
+    let fits = |layout: &&&'static dyn Layout| layout.can_store(spec, FRIENDLY, FRIENDLY).is_ok();
+    layouts().iter().find(fits).copied().unwrap_or(layouts()[0])
+}

@@ -1,0 +1,211 @@
+//! The work itself: every layer read, quantized, written and dropped.
+
+use std::path::PathBuf;
+
+use ndarray::{Array2, ArrayView2};
+use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError, WeightSource};
+use quant_formats::CheckpointWriter;
+use quant_methods::{HessianSum, LayerStats, LayerWeights, Needs};
+use quant_model::{Embedding, Linear, linear};
+
+use super::activations::Activations;
+use super::job::{Job, Target};
+use super::memory::Spill;
+use super::pass::Pass;
+use super::summary::LayerSummary;
+use crate::calibration::Calibration;
+use crate::config::NonFinite;
+use crate::error::Error;
+use crate::progress::Progress;
+
+/// A run in progress.
+pub(crate) struct Run<'a> {
+    pub(crate) job: &'a Job<'a>,
+    pub(crate) writer: &'a CheckpointWriter,
+    pub(crate) progress: &'a dyn Progress,
+    pub(crate) layers: Vec<LayerSummary>,
+    /// Weights that were not finite and were replaced with zero.
+    pub(crate) zeroed: usize,
+}
+
+/// Linears of a stage by slot.
+type Slots = Vec<(usize, Box<dyn Linear>)>;
+
+impl Run<'_> {
+    /// Copies what is not quantized.
+    pub(crate) fn carry_tensors(&self) -> Result<(), Error> {
+        for tensor in &self.job.carried {
+            self.writer.write(&tensor.name, &self.job.source.tensor(&tensor.name)?)?;
+        }
+        Ok(())
+    }
+
+    /// Quantizes every layer without looking at any activation.
+    pub(crate) fn without_calibration(&mut self) -> Result<(), Error> {
+        self.begin();
+        for target in &self.job.targets {
+            self.quantize(&[target], None)?;
+        }
+        self.progress.end();
+        Ok(())
+    }
+
+    /// Quantizes block by block; the inputs of a block come out of the quantized blocks before it.
+    pub(crate) fn with_calibration(&mut self, calibration: &Calibration, spill: Spill) -> Result<(), Error> {
+        let (source, job) = (&self.job.source, self.job);
+        let arch = job.arch.as_ref().expect("a calibrated method has a model");
+        let dir = std::env::temp_dir();
+        let store = |cols: usize, spilled: bool| {
+            let dir = spilled.then_some(dir.as_path());
+            Activations::new(calibration.tokens(), cols, dir).map_err(|e| Error::io(std::env::temp_dir(), e))
+        };
+        let mut x = store(arch.hidden_size, spill.residual)?;
+        let embedding = Embedding::load(arch, source)?;
+        for (i, sample) in calibration.samples.iter().enumerate() {
+            x.write(i * calibration.seq_len, embedding.embed(sample, 0)?.view())?;
+        }
+        drop(embedding);
+
+        self.begin();
+        for layer in 0..arch.layers {
+            if self.layers.len() == job.targets.len() {
+                break;
+            }
+            let mut pass = Pass::new(arch, layer, source, x, calibration)?;
+            let mut solved = Vec::new();
+            // Without true-sequential the block runs twice: in float while its layers are quantized, then again.
+            let kept = if job.config.true_sequential {
+                None
+            } else {
+                let mut float = store(arch.hidden_size, spill.residual)?;
+                pass.copy_residual(&mut float)?;
+                Some(std::mem::replace(&mut pass.x, float))
+            };
+            let mut input = store(arch.hidden_size, spill.inputs)?;
+            pass.begin(&mut input)?;
+            for stage in 0..arch.stages.len() {
+                let quantized = self.solve_stage(&pass, stage, &mut input)?;
+                let next = arch.stages.get(stage + 1).map_or(0, |s| s.linears[0].in_features);
+                let mut output = store(next, spill.inputs)?;
+                if kept.is_some() {
+                    let slots = arch.slots(stage);
+                    pass.set(slots.map(|slot| Ok((slot, self.float_linear(&pass, slot)?))).collect::<Result<_, Error>>()?)?;
+                    pass.advance(stage, &mut input, &mut output)?;
+                    pass.clear(stage);
+                    solved.extend(quantized);
+                } else {
+                    pass.set(quantized)?;
+                    pass.advance(stage, &mut input, &mut output)?;
+                    pass.clear(stage);
+                }
+                input = output;
+            }
+            drop(input);
+            if let Some(before) = kept {
+                pass.x = before;
+                pass.set(solved)?;
+                pass.forward()?;
+            }
+            x = pass.x;
+        }
+        self.progress.end();
+        Ok(())
+    }
+
+    fn begin(&self) {
+        let weights = self.job.targets.iter().map(|t| t.rows * t.cols).sum::<usize>();
+        self.progress.begin("quantizing", weights as u64);
+    }
+
+    /// Quantizes the linears of a stage on their common input; those not selected are read as they are.
+    fn solve_stage(&mut self, pass: &Pass<'_>, stage: usize, input: &mut Activations) -> Result<Slots, Error> {
+        let (job, arch) = (self.job, pass.arch());
+        let (mut slots, mut targets, mut linears) = (Vec::new(), Vec::new(), Vec::new());
+        for slot in arch.slots(stage) {
+            match job.by_module.get(pass.module(slot)) {
+                Some(&target) => {
+                    slots.push(slot);
+                    targets.push(&job.targets[target]);
+                }
+                None => linears.push((slot, self.float_linear(pass, slot)?)),
+            }
+        }
+        if targets.is_empty() {
+            return Ok(linears);
+        }
+        let hessian = match job.quantizer.needs() {
+            Needs::Hessian => {
+                let mut sum = HessianSum::new(arch.stages[stage].linears[0].in_features);
+                pass.each_chunk(input, |x: ArrayView2<'_, f32>| Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?))?;
+                Some(sum)
+            }
+            Needs::None => None,
+        };
+        for (slot, quantized) in slots.into_iter().zip(self.quantize(&targets, hessian)?) {
+            let weights = LinearWeights::Quantized(Box::new(quantized));
+            linears.push((slot, linear(pass.module(slot), weights, arch.conv1d)?));
+        }
+        Ok(linears)
+    }
+
+    fn float_linear(&self, pass: &Pass<'_>, slot: usize) -> Result<Box<dyn Linear>, Error> {
+        let module = pass.module(slot);
+        Ok(linear(module, self.job.source.linear(module)?, pass.arch().conv1d)?)
+    }
+
+    /// Reads, quantizes and writes linears that share an input.
+    fn quantize(&mut self, targets: &[&Target], hessian: Option<HessianSum>) -> Result<Vec<QuantizedLinear>, Error> {
+        let mut layers = Vec::with_capacity(targets.len());
+        for target in targets {
+            layers.push(LayerWeights { w: self.read_weight(target)?, spec: self.job.spec });
+        }
+        let stats = LayerStats { hessian: hessian.map(HessianSum::finish) };
+        let quantized = self.job.quantizer.quantize(layers, stats).map_err(|source| {
+            let module = targets[source.layer()].module.clone();
+            Error::Quantize { module, source }
+        })?;
+        let mut linears = Vec::with_capacity(targets.len());
+        for (target, quantized) in targets.iter().zip(quantized) {
+            let mut layer = QuantizedLinear::new(quantized.matrix);
+            layer.bias = target.bias.as_ref().map(|name| self.job.source.tensor(name)).transpose()?;
+            for (name, tensor) in self.job.layout.write(&layer, &target.module)? {
+                self.writer.write(&name, &tensor)?;
+            }
+            self.layers.push(LayerSummary::new(target, self.job, quantized.report));
+            self.progress.advance(&target.module, (target.rows * target.cols) as u64);
+            linears.push(layer);
+        }
+        Ok(linears)
+    }
+
+    /// The float weight `[out, in]` of a target, every element finite.
+    fn read_weight(&mut self, target: &Target) -> Result<Array2<f32>, Error> {
+        let tensor = self.job.source.tensor(&target.weight)?;
+        let mut values = to_f32(&tensor, &target.weight)?;
+        drop(tensor);
+        if self.job.config.non_finite == NonFinite::Zero {
+            for value in values.iter_mut().filter(|v| !v.is_finite()) {
+                *value = 0.0;
+                self.zeroed += 1;
+            }
+        }
+        let (rows, cols) = (target.rows, target.cols);
+        let shaped = |dim| Array2::from_shape_vec(dim, values).expect("the shape was checked with the header");
+        Ok(match target.transposed {
+            true => shaped((cols, rows)).reversed_axes().as_standard_layout().into_owned(),
+            false => shaped((rows, cols)),
+        })
+    }
+}
+
+fn to_f32(tensor: &DenseTensor, name: &str) -> Result<Vec<f32>, Error> {
+    let wrap = |source: TensorError| WeightError::Tensor { name: name.to_owned(), source };
+    Ok(tensor.to_f32().map_err(wrap)?)
+}
+
+impl From<std::io::Error> for Error {
+    /// Only the temporary files of spilled activations are read and written without a name at hand.
+    fn from(source: std::io::Error) -> Self {
+        Error::io(PathBuf::from(std::env::temp_dir()), source)
+    }
+}
