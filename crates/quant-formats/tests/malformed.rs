@@ -42,15 +42,6 @@ fn materialize(case: &Value, dir: &Path) -> PathBuf {
             fs::remove_file(target.join(name.as_str().unwrap())).unwrap();
         }
     }
-    if case["id"] == "index-tensor-not-there" {
-        // The corpus holds no file for this case, which leaves its control; this is what it describes.
-        let path = target.join("model.safetensors.index.json");
-        let mut index: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        let entry = &mut index["weight_map"]["model.layers.0.self_attn.q_proj.weight"];
-        assert_eq!(*entry, "model-00001-of-00002.safetensors");
-        *entry = "model-00002-of-00002.safetensors".into();
-        fs::write(&path, index.to_string()).unwrap();
-    }
     let special = &case["materialize"];
     if let Some(kind) = special["type"].as_str() {
         let at = special["at"].as_str().map_or(target.clone(), |name| target.join(name));

@@ -183,6 +183,9 @@ mod tests {
         for case in cases(&[]) {
             let scratch = tempfile::tempdir().unwrap();
             let path = case.materialize(scratch.path());
+            let stored = folder().join(&case.path).exists();
+            let differs = stored || !case.remove.is_empty() || case.materialize.is_some();
+            assert!(differs, "{}: nothing tells it from its base", case.id);
             let absent = case.materialize.as_ref().is_some_and(|s| s.r#type == SpecialType::Absent);
             assert_eq!(path.symlink_metadata().is_err(), absent, "{}", case.id);
         }
