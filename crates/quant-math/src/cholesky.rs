@@ -252,4 +252,4 @@ fn multiply_by_transpose(mut h: ArrayViewMut2<'_, f32>) {
 
 #[cfg(test)]
 #[path = "cholesky_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -6,6 +6,7 @@
 pub mod affine;
 pub mod cholesky;
 pub mod hessian;
+pub mod obq;
 pub mod range;
 
 pub use affine::Affine;
