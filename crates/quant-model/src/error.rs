@@ -78,6 +78,14 @@ pub enum ModelError {
         /// What is missing, and what to do.
         reason: String,
     },
+    /// A logit that is no number.
+    #[error(
+        "the logit of token {token} is not a number; the weights may hold NaN or infinity, which verify would name"
+    )]
+    NotANumber {
+        /// The first such token.
+        token: usize,
+    },
     /// An option of generation outside its range.
     #[error("{option} is {found}; it must be {allowed}")]
     Option {

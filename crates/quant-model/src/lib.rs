@@ -10,10 +10,13 @@ mod attention;
 mod block;
 mod decoder;
 mod error;
+mod generate;
 mod kv;
 mod linear;
 mod ops;
 mod rope;
+mod sample;
+mod tokenizer;
 
 pub use arch::{
     Activation, ArchSpec, Architecture, AttentionScale, LinearSpec, Names, NormKind, NormSpec, PositionSpec,
@@ -22,6 +25,9 @@ pub use arch::{
 pub use block::{Block, Sequences};
 pub use decoder::{Decoder, Embedding, Head, MemoryFootprint};
 pub use error::{ConfigError, ModelError};
+pub use generate::{Finish, GenerateError, GenerateOptions, Generated, eos_tokens, generate, generate_ids};
 pub use kv::{KvCache, LayerCache};
 pub use linear::{DenseLinear, DenseMatrix, Linear, PackedLinear, linear, weight_f32};
 pub use rope::{RopeKind, RopeSpec, RopeTable};
+pub use sample::{Sampler, Sampling};
+pub use tokenizer::{TextStream, Tokenizer, TokenizerError};

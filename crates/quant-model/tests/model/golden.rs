@@ -1,11 +1,9 @@
 //! Logits of tiny models against those of transformers.
 
-mod support;
-
+use crate::support::{Tensors, config, exact};
 use ndarray::{Array2, Ix2, s};
 use quant_model::{ArchSpec, Decoder};
 use quant_testkit::Golden;
-use support::{Tensors, config, exact};
 
 /// Every architecture with a reference file.
 const MODELS: [&str; 5] = ["base-llama", "base-mistral", "base-qwen2", "base-qwen3", "base-gpt2"];
