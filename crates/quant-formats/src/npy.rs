@@ -162,6 +162,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn damage_never_panics(at in 0usize..140, with in any::<u8>(), cut in 0usize..160) {
             let mut bytes = npy("<i4", "False", "(2, 3)", &[0; 24]);

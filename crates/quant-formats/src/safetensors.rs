@@ -315,3 +315,66 @@ impl<'de> Visitor<'de> for HeaderVisitor {
         Ok(header)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const VALID: &str = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"BF16","shape":[],"data_offsets":[16,18]},"c":{"dtype":"F4","shape":[3,0],"data_offsets":[18,18]}}  "#;
+
+    #[test]
+    fn a_valid_header_says_what_is_there() {
+        let header = Header::parse(VALID.as_bytes(), 18).unwrap();
+        assert_eq!(header.metadata["format"], "pt");
+        assert_eq!(header.tensors["a"], TensorInfo { dtype: DType::F32, shape: vec![2, 2], range: 0..16 });
+        assert_eq!(header.tensors["b"].elements(), 1);
+        assert_eq!(header.tensors["c"].byte_len(), 0);
+    }
+
+    #[test]
+    fn faults_are_named() {
+        let parse = |text: String, len| Header::parse(text.as_bytes(), len).unwrap_err();
+        let tensor = |shape: &str, range: &str| {
+            format!(r#"{{"a":{{"dtype":"U8","shape":{shape},"data_offsets":{range}}}}}"#)
+        };
+        assert!(matches!(parse(VALID.into(), 19), HeaderError::DataLength { expected: 18, found: 19 }));
+        assert!(matches!(parse(tensor("[4]", "[4,8]"), 8), HeaderError::NotContiguous { expected: 0, .. }));
+        assert!(matches!(parse(tensor("[4]", "[4,0]"), 4), HeaderError::Reversed { .. }));
+        assert!(matches!(parse(tensor("[3]", "[0,4]"), 4), HeaderError::Size { expected: Some(3), .. }));
+        let huge = format!("[{},{}]", u64::MAX, u64::MAX);
+        assert!(matches!(parse(tensor(&huge, "[0,4]"), 4), HeaderError::Size { expected: None, .. }));
+        let rank = format!("[{}]", ["1"; 65].join(","));
+        assert!(matches!(parse(tensor(&rank, "[0,1]"), 1), HeaderError::Rank { found: 65, .. }));
+        let twice = r#"{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#;
+        assert_eq!(parse(twice.into(), 0), HeaderError::Duplicate { name: "a".into() });
+        let twice = r#"{"__metadata__":{"x":"1","x":"2"}}"#;
+        assert_eq!(parse(twice.into(), 0), HeaderError::Duplicate { name: "x".into() });
+        assert!(matches!(parse(" {}".into(), 0), HeaderError::Json { .. }));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn damaged_headers_never_panic(
+            edits in prop::collection::vec((0usize..250, any::<u8>(), 0u8..4), 1..6),
+            data_len in prop_oneof![Just(18u64), any::<u64>()],
+        ) {
+            let mut bytes = VALID.as_bytes().to_vec();
+            for (at, with, kind) in edits {
+                let at = at % bytes.len();
+                match kind {
+                    0 => bytes[at] = with,
+                    // Digits and brackets reach further than random bytes.
+                    1 => bytes[at] = b"0123456789[]{},:\"-e."[usize::from(with) % 20],
+                    2 => bytes.insert(at, with),
+                    _ => drop(bytes.remove(at)),
+                }
+            }
+            if let Ok(header) = Header::parse(&bytes, data_len) {
+                let end = header.tensors.values().map(|t| t.range.end).max().unwrap_or(0);
+                prop_assert_eq!(end, data_len);
+            }
+        }
+    }
+}

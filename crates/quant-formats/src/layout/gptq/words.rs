@@ -80,3 +80,79 @@ pub(super) fn to_words(codes: &Codes, perm: Option<&Permutation>) -> Vec<u8> {
     });
     words
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Codes `i mod 2^bits`, `i` from 0 to 31, as packed words: the published vectors of the format.
+    const VECTORS: [(u8, &[u32]); 4] = [
+        (2, &[0xe4e4_e4e4, 0xe4e4_e4e4]),
+        (3, &[0x88fa_c688, 0xc688_fac6, 0xfac6_88fa]),
+        (4, &[0x7654_3210, 0xfedc_ba98, 0x7654_3210, 0xfedc_ba98]),
+        (
+            8,
+            &[
+                0x0302_0100,
+                0x0706_0504,
+                0x0b0a_0908,
+                0x0f0e_0d0c,
+                0x1312_1110,
+                0x1716_1514,
+                0x1b1a_1918,
+                0x1f1e_1d1c,
+            ],
+        ),
+    ];
+
+    #[test]
+    fn words_lie_as_published() {
+        for (bits, expected) in VECTORS {
+            let row: Vec<u8> = (0..32u16).map(|i| (i % (1 << bits)) as u8).collect();
+            let codes = Codes::from_values(bits, 3, 32, &row.repeat(3)).unwrap();
+            let words = to_words(&codes, None);
+            let words: Vec<u32> = words.as_chunks().0.iter().map(|&w| u32::from_le_bytes(w)).collect();
+            let column: Vec<u32> = expected.iter().flat_map(|&w| [w; 3]).collect();
+            assert_eq!(words, column, "{bits} bits");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Sizes around the blocks of the transposition.
+        #[test]
+        fn words_and_codes_are_inverse(
+            bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+            (rows, blocks) in (1usize..140, 1usize..9),
+            seed in any::<u64>(),
+            permuted in any::<bool>(),
+        ) {
+            let cols = 32 * blocks;
+            let mut state = seed | 1;
+            let mut next = || {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 33) as usize
+            };
+            let values: Vec<u8> = (0..rows * cols).map(|_| (next() % (1 << bits)) as u8).collect();
+            let mut features: Vec<u32> = (0..cols as u32).collect();
+            (1..cols).for_each(|i| features.swap(i, next() % (i + 1)));
+            let perm = permuted.then(|| Permutation::new(features).unwrap());
+
+            let codes = Codes::from_values(bits, rows, cols, &values).unwrap();
+            let words = to_words(&codes, perm.as_ref());
+            // The slow definition: code k of output n begins at bit k * bits of the column's words.
+            for (n, k) in [(0, 0), (rows - 1, cols - 1), (rows / 2, cols / 3)] {
+                let stored = perm.as_ref().map_or(k, |p| p.inverse()[k] as usize);
+                for b in 0..usize::from(bits) {
+                    let bit = k * usize::from(bits) + b;
+                    let byte = words[4 * (bit / 32 * rows + n) + bit % 32 / 8];
+                    prop_assert_eq!(byte >> (bit % 8) & 1, values[n * cols + stored] >> b & 1);
+                }
+            }
+            let mut back = Codes::zeros(bits, rows, cols).unwrap();
+            from_words(&words, &mut back, perm.as_ref());
+            prop_assert_eq!(back, codes);
+        }
+    }
+}
