@@ -305,6 +305,12 @@ impl Checkpoint {
         files.filter(|(_, path)| path.is_file()).collect()
     }
 
+    /// A JSON file beside the weights, such as `generation_config.json`, if there is one.
+    pub fn json_file(&self, name: &str) -> Result<Option<Value>, FormatError> {
+        let path = self.path.join(name);
+        if path.is_file() { json::read(&path, json::CONFIG_LIMIT).map(Some) } else { Ok(None) }
+    }
+
     /// What was noticed when opening.
     pub(crate) fn notes(&self) -> &[Finding] {
         &self.notes
