@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quant_core::{SpecError, WeightError};
 use quant_formats::FormatError;
 use quant_methods::{QuantizeError, UnknownMethod};
-use quant_model::{ConfigError, ModelError};
+use quant_model::{ConfigError, GenerateError, ModelError, TokenizerError};
 use serde::Serialize;
 
 /// Any failure of this library. The text names what was found and what to do.
@@ -22,6 +22,9 @@ pub enum Error {
     /// A model can't be loaded or run.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A tokenizer can't be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A checkpoint lacks what is needed.
     #[error(transparent)]
     Weight(#[from] WeightError),
@@ -90,6 +93,16 @@ pub enum Error {
         /// Why.
         source: Arc<std::io::Error>,
     },
+}
+
+impl From<GenerateError> for Error {
+    fn from(error: GenerateError) -> Self {
+        match error {
+            GenerateError::Model(error) => error.into(),
+            GenerateError::Tokenizer(error) => error.into(),
+            _ => unreachable!("the enum is this workspace's own"),
+        }
+    }
 }
 
 impl Error {

@@ -16,5 +16,6 @@ pub use model::Model;
 pub use progress::{Progress, Silent};
 pub use quant_core::{GroupSize, QuantSpec};
 pub use quant_methods::{ColumnOrder, Compat, GptqOptions, MethodOptions};
+pub use quant_model::{Finish, GenerateOptions, Generated, Sampling, Tokenizer};
 pub use quantize::{LayerSummary, Plan, PlannedLayer, Summary, plan, quantize};
 pub use system::{dense_flops, peak_rss_bytes};

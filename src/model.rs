@@ -1,17 +1,33 @@
 //! Loading and running a model, float or quantized.
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use ndarray::Array2;
 use quant_formats::{Checkpoint, resolve_model};
-use quant_model::{Decoder, MemoryFootprint};
+use quant_model::{
+    Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate,
+};
 
 use crate::error::Error;
 
-/// A model ready to run, with its tokenizer if it has one.
+/// A model ready to run. The tokenizer is read when it is first needed.
+///
+/// ```
+/// # fn main() -> Result<(), quant::Error> {
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/models/ts-llama-3.7M");
+/// let model = quant::Model::load(path)?;
+/// let options = quant::GenerateOptions { max_new_tokens: 8, ..Default::default() };
+/// let story = model.generate("once upon a time", &options)?;
+/// assert_eq!(story.text, ", there was a little girl named");
+/// # Ok(())
+/// # }
+/// ```
 pub struct Model {
     decoder: Decoder,
     checkpoint: Checkpoint,
+    tokenizer: OnceLock<Tokenizer>,
 }
 
 impl Model {
@@ -25,7 +41,7 @@ impl Model {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let checkpoint = Checkpoint::open(path)?;
         let decoder = Decoder::load(checkpoint.config(), &checkpoint)?;
-        Ok(Self { decoder, checkpoint })
+        Ok(Self { decoder, checkpoint, tokenizer: OnceLock::new() })
     }
 
     /// The network.
@@ -38,13 +54,49 @@ impl Model {
         &self.checkpoint
     }
 
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        match self.tokenizer.get() {
+            Some(tokenizer) => Ok(tokenizer),
+            None => {
+                let tokenizer = read_tokenizer(&self.checkpoint)?;
+                Ok(self.tokenizer.get_or_init(|| tokenizer))
+            }
+        }
+    }
+
     /// Bytes of the weights in memory.
     pub fn memory_footprint(&self) -> MemoryFootprint {
         self.decoder.memory_footprint()
     }
 
-    /// Logits `[ids, vocab]` of every position of a text.
+    /// Logits `[ids, vocab]` at every position of a text.
     pub fn logits(&self, ids: &[u32]) -> Result<Array2<f32>, Error> {
         Ok(self.decoder.logits(ids)?)
     }
+
+    /// Continues `prompt`.
+    pub fn generate(&self, prompt: &str, options: &GenerateOptions) -> Result<Generated, Error> {
+        self.generate_streaming(prompt, options, |_| ControlFlow::Continue(()))
+    }
+
+    /// Continues `prompt`; `on_text` sees the text as it grows and may end it. The model's own end-of-text tokens are
+    /// added to those of the options.
+    pub fn generate_streaming(
+        &self,
+        prompt: &str,
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generated, Error> {
+        let tokenizer = self.tokenizer()?;
+        let mut options = options.clone();
+        let generation_config = self.checkpoint.json_file("generation_config.json")?;
+        options.eos.extend(eos_tokens(self.decoder.spec(), generation_config.as_ref())?);
+        Ok(generate(&self.decoder, tokenizer, &tokenizer.encode(prompt, true)?, &options, on_text)?)
+    }
+}
+
+/// The tokenizer of a checkpoint.
+pub(crate) fn read_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, Error> {
+    Ok(Tokenizer::from_file(&checkpoint.path().join("tokenizer.json"))?)
 }

@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::Path;
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, Axis, Slice};
 
 /// A matrix `[rows, cols]` of activations that is written and read in ranges of rows.
 pub(crate) enum Activations {
@@ -36,7 +36,7 @@ impl Activations {
         buffer: &'a mut Vec<f32>,
     ) -> io::Result<ArrayView2<'a, f32>> {
         match self {
-            Self::Memory(all) => Ok(all.slice(s![rows, ..])),
+            Self::Memory(all) => Ok(all.slice_axis(Axis(0), Slice::from(rows))),
             Self::File { file, cols } => {
                 let n = rows.len() * *cols;
                 buffer.resize(n, 0.0);
@@ -56,7 +56,10 @@ impl Activations {
     /// Replaces the rows from `start` on.
     pub(crate) fn write(&mut self, start: usize, values: ArrayView2<'_, f32>) -> io::Result<()> {
         match self {
-            Self::Memory(all) => all.slice_mut(s![start..start + values.nrows(), ..]).assign(&values),
+            Self::Memory(all) => {
+                let rows = Slice::from(start..start + values.nrows());
+                all.slice_axis_mut(Axis(0), rows).assign(&values);
+            }
             Self::File { file, cols } => {
                 file.seek(SeekFrom::Start((start * *cols * 4) as u64))?;
                 let mut bytes = Vec::with_capacity(*cols * 4);
@@ -81,10 +84,10 @@ mod tests {
         let values = Array2::from_shape_fn((7, 5), |(r, c)| (r * 5 + c) as f32 * 0.37);
         for spill in [None, Some(dir.path())] {
             let mut store = Activations::new(7, 5, spill).unwrap();
-            store.write(4, values.slice(s![4.., ..])).unwrap();
-            store.write(0, values.slice(s![..4, ..])).unwrap();
+            store.write(4, values.slice_axis(Axis(0), Slice::from(4..))).unwrap();
+            store.write(0, values.slice_axis(Axis(0), Slice::from(..4))).unwrap();
             let mut buffer = Vec::new();
-            assert_eq!(store.read(2..6, &mut buffer).unwrap(), values.slice(s![2..6, ..]));
+            assert_eq!(store.read(2..6, &mut buffer).unwrap(), values.slice_axis(Axis(0), Slice::from(2..6)));
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }

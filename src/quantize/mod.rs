@@ -56,12 +56,7 @@ pub fn quantize(
     if !plan.problems.is_empty() {
         return Err(Error::Problems(plan.problems));
     }
-    let options = WriteOptions {
-        shard_size: config.shard_size,
-        overwrite: config.overwrite,
-        ..WriteOptions::default()
-    };
-    let writer = CheckpointWriter::create(out, &job.outputs(), &options)?;
+    let writer = CheckpointWriter::create(out, &job.outputs(), &job.write_options())?;
     let mut run = Run { job: &job, writer: &writer, progress, layers: Vec::new(), zeroed: 0 };
     run.carry_tensors()?;
     match &calibration {
@@ -93,6 +88,11 @@ pub fn quantize(
 }
 
 impl Job<'_> {
+    fn write_options(&self) -> WriteOptions {
+        let QuantizeConfig { shard_size, overwrite, .. } = *self.config;
+        WriteOptions { shard_size, overwrite, ..WriteOptions::default() }
+    }
+
     /// Tokens per sample: what was asked for, at most the context of the model.
     fn seq_len(&self) -> usize {
         let context = self.arch.as_ref().map_or(usize::MAX, |arch| arch.max_positions);
@@ -128,8 +128,8 @@ impl Job<'_> {
                     }
                     _ => calibration::split_documents(calibration::BUILTIN).map(str::to_owned).collect(),
                 };
-                let tokenizer = crate::model::tokenizer(&self.source)?;
-                let encode = |d: &String| tokenizer.encode(d).map_err(Error::from);
+                let tokenizer = crate::model::read_tokenizer(&self.source)?;
+                let encode = |d: &String| tokenizer.encode(d, true).map_err(Error::from);
                 let ids = documents.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
                 calibration::pack(&ids, config.samples, seq_len, config.seed)
             }
@@ -229,7 +229,7 @@ fn make_plan(job: &Job<'_>, calibration_tokens: usize) -> Result<(Plan, Spill), 
         bits: t.dtype.bits(),
         bytes: t.byte_len().unwrap_or(0),
     });
-    let files = planned_files(&job.outputs(), job.config.shard_size)?;
+    let files = planned_files(&job.outputs(), &job.write_options())?;
     let plan = Plan {
         tensors: quantized.chain(kept).collect(),
         method: job.config.method.clone(),
