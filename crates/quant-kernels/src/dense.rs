@@ -25,7 +25,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
 
 use self::driver::Product;
-use self::operand::{Left, Plain, Right, Turned};
+use self::operand::{Expanded, Left, Plain, Right, Turned, rows_of};
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.
@@ -92,7 +92,7 @@ pub fn matmul_nt_half(
         HalfView::F16(w) => {
             check_rows("w", &w)?;
             check_shape("w", [w.nrows(), x.ncols()], &w)?;
-            multiply(shape, 1.0, Plain::new(x), Turned::new(w), 0.0, out)
+            multiply(shape, 1.0, Plain::new(x), Expanded(rows_of(w)), 0.0, out)
         }
     }
 }

@@ -112,7 +112,8 @@ pub struct CpuFeatures {
     vectors: Vectors,
 }
 
-/// Proofs that the processor has the vectors of an instruction set.
+/// Proofs that the processor has the vectors of an instruction set. On x86-64 they also prove F16C, which pulp's
+/// levels leave out although every processor with AVX2 has it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vectors {
     #[cfg(target_arch = "x86_64")]
@@ -127,9 +128,9 @@ impl Vectors {
     fn detect() -> Vectors {
         Vectors {
             #[cfg(target_arch = "x86_64")]
-            v3: pulp::x86::V3::try_new(),
+            v3: pulp::x86::V3::try_new().filter(|_| std::arch::is_x86_feature_detected!("f16c")),
             #[cfg(target_arch = "x86_64")]
-            v4: pulp::x86::V4::try_new(),
+            v4: pulp::x86::V4::try_new().filter(|_| std::arch::is_x86_feature_detected!("f16c")),
             #[cfg(target_arch = "aarch64")]
             neon: pulp::aarch64::Neon::try_new(),
         }
@@ -172,8 +173,8 @@ impl CpuFeatures {
 #[cfg(target_arch = "x86_64")]
 fn processor_has(isa: Isa) -> bool {
     use std::arch::is_x86_feature_detected as has;
-    let v3 = || pulp::x86::V3::try_new().is_some() && has!("f16c");
-    let v4 = || v3() && pulp::x86::V4::try_new().is_some();
+    let v3 = || Vectors::detect().v3.is_some();
+    let v4 = || v3() && Vectors::detect().v4.is_some();
     match isa {
         Isa::Scalar => true,
         Isa::Avx2 => v3(),

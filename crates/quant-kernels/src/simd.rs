@@ -18,29 +18,32 @@ use crate::isa::Isa;
 pub(crate) trait Vector: pulp::Simd {
     /// Greatest number of rows of a register tile.
     const MR: usize;
-    /// Columns of a register tile, the width of a panel; a multiple of 8.
+    /// Columns of a register tile; a multiple of 8.
     const NR: usize;
 
-    /// `sums[r, j] = fma over p ascending of a[p, r] * b[p, j]`, with `a: [kc, rows]`, `b: [kc, NR]`,
-    /// `sums: [rows, NR]` and `1 <= rows <= MR`.
-    fn tile(self, rows: usize, a: &[f32], b: &[f32], sums: &mut [f32]);
+    /// Columns of a register tile that has few rows and stands alone: a multiple of `NR`, so that enough sums
+    /// are under way to hide the latency of an addition.
+    fn width(rows: usize) -> usize;
 
-    /// `out[p * stride + r] = rows[r][p]` for 8 rows of equal length, `p` ascending: with a stride below 8 the
-    /// columns overwrite the end of the ones before.
-    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize);
+    /// `sums[r, j] = fma over p ascending of a[p, r] * b[p, j], from sums[r, j]`, with `a: [kc, rows]`,
+    /// `b: [kc, width]`, `sums: [rows, width]`, `1 <= rows <= MR`, and `width` either `NR` or [`Vector::width`].
+    fn tile(self, rows: usize, width: usize, a: &[f32], b: &[f32], sums: &mut [f32]);
+
+    /// `out[p * stride + r] = rows[r][p]` for 8 rows of equal length, `p` ascending: with a stride below 8 a
+    /// column overwrites the end of the one before. What lies at `ahead` will be read next.
+    fn transpose<E: Element>(self, rows: [&[E]; 8], ahead: [*const E; 8], out: &mut [f32], stride: usize);
+
+    /// `out[i] = numbers[i]` for slices of equal length.
+    fn widen(self, numbers: &[f16], out: &mut [f32]);
 }
 
 /// A stored number that widens to f32 without rounding.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// Its zero.
-    const ZERO: Self;
     /// Widens some numbers; written so that it compiles to vector instructions.
     fn widen<const N: usize>(numbers: &[Self; N]) -> [f32; N];
 }
 
 impl Element for f32 {
-    const ZERO: f32 = 0.0;
-
     #[inline(always)]
     fn widen<const N: usize>(numbers: &[f32; N]) -> [f32; N] {
         *numbers
@@ -48,26 +51,11 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const ZERO: bf16 = bf16::ZERO;
-
     #[inline(always)]
     fn widen<const N: usize>(numbers: &[bf16; N]) -> [f32; N] {
         let mut out = [0.0; N];
         for (out, x) in out.iter_mut().zip(numbers) {
             *out = f32::from_bits(u32::from(x.to_bits()) << 16);
-        }
-        out
-    }
-}
-
-impl Element for f16 {
-    const ZERO: f16 = f16::ZERO;
-
-    #[inline(always)]
-    fn widen<const N: usize>(numbers: &[f16; N]) -> [f32; N] {
-        let mut out = [0.0; N];
-        for (out, x) in out.iter_mut().zip(numbers) {
-            *out = widen_f16(x.to_bits());
         }
         out
     }
@@ -159,10 +147,11 @@ fn register_tile<S: pulp::Simd, const M: usize, const V: usize>(
     b: &[f32],
     sums: &mut [f32],
 ) {
-    let mut acc = [[simd.splat_f32s(0.0); V]; M];
-    let (a, _) = a.as_chunks::<M>();
+    let sums =
+        S::as_mut_simd_f32s(sums).0.as_chunks_mut::<V>().0.first_chunk_mut::<M>().expect("M rows of sums");
+    let mut acc = *sums;
     let (b, _) = S::as_simd_f32s(b);
-    for (a, b) in a.iter().zip(b.as_chunks::<V>().0) {
+    for (a, b) in a.as_chunks::<M>().0.iter().zip(b.as_chunks::<V>().0) {
         for r in 0..M {
             let x = simd.splat_f32s(a[r]);
             for v in 0..V {
@@ -170,10 +159,7 @@ fn register_tile<S: pulp::Simd, const M: usize, const V: usize>(
             }
         }
     }
-    let (sums, _) = S::as_mut_simd_f32s(sums);
-    for (sums, acc) in sums.as_chunks_mut::<V>().0.iter_mut().zip(acc) {
-        *sums = acc;
-    }
+    *sums = acc;
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The loop nest of all products: output tiles in parallel, blocks of the inner dimension in order.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use ndarray::{ArrayViewMut2, Axis};
 use rayon::prelude::*;
@@ -122,51 +123,58 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
     fn run<V: Vector>(self, simd: V) {
         let Task { product, tile: Tile { row, column, out } } = self;
         let (m, n) = out.dim();
-        let pass = KC * (LEFT_BUDGET / (m * KC)).max(1);
-        let mut rows: Vec<&mut [f32]> =
+        let mut out: Vec<&mut [f32]> =
             out.into_outer_iter_mut().map(|row| row.into_slice().expect("rows are contiguous")).collect();
 
+        // Rows spread evenly over the register tiles. One tile alone may be wide; its panel then is as much
+        // shorter as it is wider, so that it stays in the level-1 cache.
+        let tile_rows = m.div_ceil(m.div_ceil(V::MR));
+        let width = if tile_rows == m && R::WIDE { V::width(m) } else { V::NR };
+        let step = KC * V::NR / width;
+        let pass = KC * (LEFT_BUDGET / (m * KC)).max(1);
+
         let mut scratch = SCRATCH.take();
-        let (packed, panel, sums) = split_aligned(
+        let (left, panel, sums) = split_aligned(
             &mut scratch,
             m * pass.min(product.depth) + SPILL,
-            KC.min(product.depth) * V::NR,
-            V::MR * V::NR,
+            step.min(product.depth) * width,
+            tile_rows * width,
         );
         for start in (0..product.depth).step_by(pass) {
             let end = (start + pass).min(product.depth);
-            for block in blocks(start, end) {
-                for i in (0..m).step_by(V::MR) {
-                    let here = row + i..row + (i + V::MR).min(m);
-                    let at = (block.start - start) * m + i * block.len();
-                    product.left.pack(simd, here, block.clone(), &mut packed[at..]);
+            // Packed rows `i..i + rows` of the left operand, over one block.
+            let place = |block: &Range<usize>, i: usize, rows: usize| {
+                let at = (block.start - start) * m + i * block.len();
+                at..at + rows * block.len()
+            };
+            for block in parts(start..end, KC) {
+                for tile in parts(0..m, tile_rows) {
+                    let to = &mut left[place(&block, tile.start, tile.len()).start..];
+                    product.left.pack(simd, row + tile.start..row + tile.end, block.clone(), to);
                 }
             }
-            for j in (0..n).step_by(V::NR) {
-                for block in blocks(start, end) {
-                    let panel = &mut panel[..block.len() * V::NR];
-                    product.right.pack(simd, column + j, block.clone(), panel);
-                    let beta = if block.start == 0 { product.beta } else { 1.0 };
-                    for (i, rows) in (0..m).step_by(V::MR).zip(rows.chunks_mut(V::MR)) {
-                        // Columns of row r of the tile that are below the diagonal.
-                        let below = |r: usize| match product.upper {
-                            true => (row + i + r).saturating_sub(column + j),
-                            false => 0,
-                        };
-                        if below(0) >= V::NR {
-                            break;
-                        }
-                        rows.iter().for_each(|row| prefetch(&raw const row[j]));
-                        let at = (block.start - start) * m + i * block.len();
-                        simd.tile(rows.len(), &packed[at..at + rows.len() * block.len()], panel, sums);
-                        for (r, (out, sums)) in rows.iter_mut().zip(sums.chunks_exact(V::NR)).enumerate() {
-                            let end = (j + V::NR).min(n);
-                            match (below(r), out.get_mut(j..j + V::NR)) {
-                                (0, Some(out)) => add(product.alpha, sums, beta, out),
-                                (skip, _) if j + skip < end => {
-                                    add(product.alpha, &sums[skip..], beta, &mut out[j + skip..end]);
-                                }
-                                _ => {}
+            for j in (0..n).step_by(width) {
+                for block in parts(start..end, KC) {
+                    for part in parts(block.clone(), step) {
+                        let panel = &mut panel[..part.len() * width];
+                        product.right.pack(simd, column + j, part.clone(), width, panel);
+                        for tile in parts(0..m, tile_rows) {
+                            let to = Corner { row: row + tile.start, column: column + j };
+                            if product.upper && to.row >= to.column + width {
+                                break;
+                            }
+                            let rows = tile.len();
+                            let sums = &mut sums[..rows * width];
+                            let out = &mut out[tile.clone()];
+                            if part.start == block.start {
+                                sums.fill(0.0);
+                                out.iter().for_each(|row| prefetch(&raw const row[j]));
+                            }
+                            let skip = (part.start - block.start) * rows;
+                            let a = &left[place(&block, tile.start, rows)][skip..skip + part.len() * rows];
+                            simd.tile(rows, width, a, panel, sums);
+                            if part.end == block.end {
+                                product.store(block.start == 0, to, sums, width, out, j);
                             }
                         }
                     }
@@ -177,9 +185,39 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
     }
 }
 
-/// The parts of `start..end` that are summed apart.
-fn blocks(start: usize, end: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (start..end).step_by(KC).map(move |p| p..(p + KC).min(end))
+/// Where a register tile lies in the whole product.
+#[derive(Clone, Copy)]
+struct Corner {
+    row: usize,
+    column: usize,
+}
+
+impl<L, R> Product<L, R> {
+    /// Adds the sums `[rows, width]` of a block to columns `j..j + width` of the rows, as far as they reach.
+    #[inline(always)]
+    fn store(
+        &self,
+        first: bool,
+        corner: Corner,
+        sums: &[f32],
+        width: usize,
+        rows: &mut [&mut [f32]],
+        j: usize,
+    ) {
+        let beta = if first { self.beta } else { 1.0 };
+        for (r, (row, sums)) in rows.iter_mut().zip(sums.chunks_exact(width)).enumerate() {
+            let end = (j + width).min(row.len());
+            let skip = if self.upper { (corner.row + r).saturating_sub(corner.column) } else { 0 };
+            if j + skip < end {
+                add(self.alpha, &sums[skip..], beta, &mut row[j + skip..end]);
+            }
+        }
+    }
+}
+
+/// A range cut into parts of `length`, the last of which may be shorter.
+fn parts(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(length).map(move |start| start..(start + length).min(range.end))
 }
 
 /// `out = alpha * sums + beta * out`, as long as `out`.

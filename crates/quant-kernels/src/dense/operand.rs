@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use half::f16;
 use ndarray::{ArrayView2, Axis};
 
 use super::KC;
@@ -19,9 +20,12 @@ pub(crate) const SPILL: usize = 8;
 
 /// The right operand `[k, n]` of a product.
 pub(crate) trait Right: Sync {
-    /// `panel[p, c] = self[depth[p], j + c]`, zero from column `n` on, with `panel: [depth, NR]` and a depth of
-    /// at most [`KC`].
-    fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, panel: &mut [f32]);
+    /// Whether wide panels suit it: they read from many rows at once.
+    const WIDE: bool = false;
+
+    /// `panel[p, c] = self[depth[p], j + c]`, anything from column `n` on, with `panel: [depth, width]`, a depth of
+    /// at most [`KC`], and `width` a multiple of 8.
+    fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]);
 }
 
 /// A matrix in its own order: rows of the view are rows of the operand.
@@ -43,7 +47,7 @@ impl<'a, E> Turned<'a, E> {
 }
 
 /// The rows of a matrix whose rows were found contiguous at the entrance.
-fn rows_of<'a, E>(matrix: ArrayView2<'a, E>) -> Vec<&'a [E]> {
+pub(crate) fn rows_of<'a, E>(matrix: ArrayView2<'a, E>) -> Vec<&'a [E]> {
     (0..matrix.nrows())
         .map(|row| matrix.index_axis_move(Axis(0), row).to_slice().expect("rows are contiguous"))
         .collect()
@@ -59,11 +63,8 @@ impl Left for Plain<'_> {
         // Eight rows at a time give columns of eight. What they hold beyond the last row is overwritten by the
         // next column, provided that the last eight rows go first.
         for at in (0..rows.len()).step_by(8).rev() {
-            let mut eight: [&[f32]; 8] = [&[]; 8];
-            for (r, row) in eight.iter_mut().enumerate() {
-                *row = &self.0[(rows.start + at + r).min(rows.end - 1)][depth.clone()];
-            }
-            simd.transpose(eight, &mut out[at..], rows.len());
+            let eight = eight_rows(&self.0[..rows.end], rows.start + at, depth.clone());
+            simd.transpose(eight, start_of(&eight), &mut out[at..], rows.len());
         }
     }
 }
@@ -87,32 +88,93 @@ impl Left for Turned<'_, f32> {
 
 impl Right for Plain<'_> {
     #[inline(always)]
-    fn pack<V: Vector>(&self, _: V, j: usize, depth: Range<usize>, panel: &mut [f32]) {
-        for (out, row) in panel.chunks_exact_mut(V::NR).zip(&self.0[depth]) {
+    fn pack<V: Vector>(&self, _: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]) {
+        for (out, row) in panel.chunks_exact_mut(width).zip(&self.0[depth]) {
             // The rows are far from each other: ask for the line that the next panel needs.
-            prefetch(row.as_ptr().wrapping_add(j + V::NR));
-            match row.get(j..j + V::NR) {
-                Some(inside) => out.copy_from_slice(inside),
-                None => {
-                    let (inside, outside) = out.split_at_mut(row.len() - j);
-                    inside.copy_from_slice(&row[j..]);
-                    outside.fill(0.0);
-                }
-            }
+            prefetch(row.as_ptr().wrapping_add(j + width));
+            let row = &row[j..];
+            let (inside, rest) = row[..width.min(row.len())].as_chunks::<8>();
+            let (out, out_rest) = out.split_at_mut(8 * inside.len());
+            out.as_chunks_mut::<8>().0.copy_from_slice(inside);
+            out_rest[..rest.len()].copy_from_slice(rest);
         }
     }
 }
 
 impl<E: Element> Right for Turned<'_, E> {
     #[inline(always)]
-    fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, panel: &mut [f32]) {
-        let padding = [E::ZERO; KC];
-        for at in (0..V::NR).step_by(8) {
-            let mut eight: [&[E]; 8] = [&padding[..depth.len()]; 8];
-            for (row, from) in eight.iter_mut().zip(self.0.iter().skip(j + at)) {
-                *row = &from[depth.clone()];
-            }
-            simd.transpose(eight, &mut panel[at..], V::NR);
+    fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]) {
+        for at in (0..width.min(self.0.len() - j)).step_by(8) {
+            let eight = eight_rows(&self.0, j + at, depth.clone());
+            let next = eight_rows(&self.0, j + at + 8, depth.clone());
+            simd.transpose(eight, start_of(&next), &mut panel[at..], width);
         }
     }
+}
+
+/// Rows of numbers that are widened row by row before they are turned over.
+pub(crate) trait Expand: Sync {
+    /// Number of rows.
+    fn rows(&self) -> usize;
+    /// Asks for what [`Expand::expand`] will read.
+    fn prefetch(&self, row: usize, depth: Range<usize>);
+    /// `out[p] = self[row, depth[p]]`.
+    fn expand<V: Vector>(&self, simd: V, row: usize, depth: Range<usize>, out: &mut [f32]);
+}
+
+/// A matrix turned over whose rows expand.
+pub(crate) struct Expanded<S>(pub(crate) S);
+
+impl<S: Expand> Right for Expanded<S> {
+    #[inline(always)]
+    fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]) {
+        let mut rows = [[0.0; KC]; 8];
+        for at in (0..width.min(self.0.rows() - j)).step_by(8) {
+            for (r, row) in rows.iter_mut().enumerate() {
+                let here = (j + at + r).min(self.0.rows() - 1);
+                self.0.prefetch((j + at + r + 8).min(self.0.rows() - 1), depth.clone());
+                self.0.expand(simd, here, depth.clone(), &mut row[..depth.len()]);
+            }
+            let [a, b, c, d, e, f, g, h] = &rows;
+            let n = depth.len();
+            let eight = [&a[..n], &b[..n], &c[..n], &d[..n], &e[..n], &f[..n], &g[..n], &h[..n]];
+            simd.transpose(eight, start_of(&eight), &mut panel[at..], width);
+        }
+    }
+}
+
+impl Expand for Vec<&[f16]> {
+    fn rows(&self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, depth: Range<usize>) {
+        self[row][depth].iter().step_by(32).for_each(|x| prefetch(&raw const *x));
+    }
+
+    #[inline(always)]
+    fn expand<V: Vector>(&self, simd: V, row: usize, depth: Range<usize>, out: &mut [f32]) {
+        simd.widen(&self[row][depth], out);
+    }
+}
+
+/// Columns `depth` of the rows from `first` on; the last row again where there are fewer than eight.
+#[inline(always)]
+fn eight_rows<'a, E>(rows: &[&'a [E]], first: usize, depth: Range<usize>) -> [&'a [E]; 8] {
+    let mut eight: [&[E]; 8] = [&[]; 8];
+    for (r, row) in eight.iter_mut().enumerate() {
+        *row = &rows[(first + r).min(rows.len() - 1)][depth.clone()];
+    }
+    eight
+}
+
+/// Where rows start in memory.
+#[inline(always)]
+fn start_of<E>(rows: &[&[E]; 8]) -> [*const E; 8] {
+    let mut starts = [std::ptr::null(); 8];
+    for (start, row) in starts.iter_mut().zip(rows) {
+        *start = row.as_ptr();
+    }
+    starts
 }

@@ -2,9 +2,10 @@
 
 use std::arch::aarch64::float32x4_t;
 
+use half::f16;
 use pulp::aarch64::Neon;
 
-use super::{Element, Vector, register_tile};
+use super::{Element, Vector, register_tile, widen_f16};
 
 impl Vector for Neon {
     // 24 accumulators, 4 vectors of b, 1 broadcast of a: 29 of the 32 registers.
@@ -12,32 +13,60 @@ impl Vector for Neon {
     const NR: usize = 16;
 
     #[inline(always)]
-    fn tile(self, rows: usize, a: &[f32], b: &[f32], sums: &mut [f32]) {
+    fn width(rows: usize) -> usize {
         match rows {
-            1 => register_tile::<Self, 1, 4>(self, a, b, sums),
-            2 => register_tile::<Self, 2, 4>(self, a, b, sums),
-            3 => register_tile::<Self, 3, 4>(self, a, b, sums),
-            4 => register_tile::<Self, 4, 4>(self, a, b, sums),
-            5 => register_tile::<Self, 5, 4>(self, a, b, sums),
+            1 => 64,
+            2 => 32,
+            _ => 16,
+        }
+    }
+
+    #[inline(always)]
+    fn tile(self, rows: usize, width: usize, a: &[f32], b: &[f32], sums: &mut [f32]) {
+        match (rows, width) {
+            (1, 64) => register_tile::<Self, 1, 16>(self, a, b, sums),
+            (2, 32) => register_tile::<Self, 2, 8>(self, a, b, sums),
+            (1, _) => register_tile::<Self, 1, 4>(self, a, b, sums),
+            (2, _) => register_tile::<Self, 2, 4>(self, a, b, sums),
+            (3, _) => register_tile::<Self, 3, 4>(self, a, b, sums),
+            (4, _) => register_tile::<Self, 4, 4>(self, a, b, sums),
+            (5, _) => register_tile::<Self, 5, 4>(self, a, b, sums),
             _ => register_tile::<Self, 6, 4>(self, a, b, sums),
         }
     }
 
     #[inline(always)]
-    fn transpose<E: Element>(self, rows: [&[E]; 8], out: &mut [f32], stride: usize) {
+    fn transpose<E: Element>(self, rows: [&[E]; 8], _: [*const E; 8], out: &mut [f32], stride: usize) {
         let kc = rows[0].len();
-        let blocks = rows.map(|row| &row[..kc].as_chunks::<4>().0[..kc / 4]);
-        for block in 0..kc / 4 {
-            let [a, b, c, d, e, f, g, h] = blocks.map(|row| pulp::cast(E::widen(&row[block])));
-            let upper = transpose_4x4(self, [a, b, c, d]);
-            let lower = transpose_4x4(self, [e, f, g, h]);
-            for ((p, upper), lower) in (4 * block..).zip(upper).zip(lower) {
-                let out: &mut [f32; 8] = (&mut out[p * stride..][..8]).try_into().expect("8 columns");
-                *out = pulp::cast([upper, lower]);
+        for row in rows {
+            assert_eq!(row.len(), kc);
+        }
+        assert!(kc == 0 || out.len() >= (kc - 1) * stride + 8);
+        let at = |r: usize, p: usize| -> float32x4_t {
+            debug_assert!(p + 4 <= kc);
+            // SAFETY: `p + 4 <= kc`, the length of every row; an array is aligned as its element.
+            pulp::cast(E::widen(unsafe { &*rows[r].as_ptr().add(p).cast::<[E; 4]>() }))
+        };
+        for p in (0..kc / 4 * 4).step_by(4) {
+            let upper = transpose_4x4(self, [at(0, p), at(1, p), at(2, p), at(3, p)]);
+            let lower = transpose_4x4(self, [at(4, p), at(5, p), at(6, p), at(7, p)]);
+            for i in 0..4 {
+                let eight = pulp::cast([upper[i], lower[i]]);
+                // SAFETY: `p + i < kc`, and `(kc - 1) * stride + 8` numbers are in `out`; arrays are aligned as f32.
+                unsafe { *out.as_mut_ptr().add((p + i) * stride).cast::<[f32; 8]>() = eight };
             }
         }
         for p in kc / 4 * 4..kc {
-            out[p * stride..][..8].copy_from_slice(&rows.map(|row| E::widen(&[row[p]])[0]));
+            for r in 0..8 {
+                out[p * stride + r] = E::widen(&[rows[r][p]])[0];
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn widen(self, numbers: &[f16], out: &mut [f32]) {
+        for (out, x) in out.iter_mut().zip(numbers) {
+            *out = widen_f16(x.to_bits());
         }
     }
 }
