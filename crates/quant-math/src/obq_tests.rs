@@ -105,10 +105,6 @@ fn textbook(
     out
 }
 
-fn mismatches(a: &Array2<u8>, b: &Array2<u8>) -> usize {
-    a.iter().zip(b).filter(|(a, b)| a != b).count()
-}
-
 /// Asserts that two roundings part only where the first difference of a row is a tie up to f32 rounding.
 fn assert_equal_up_to_ties(ours: &Rounded, exact: &Textbook) {
     let mut parted = 0;
@@ -152,20 +148,30 @@ fn codes_are_those_of_the_textbook() {
 
 #[test]
 fn both_forms_are_equally_exact() {
-    // Correlated inputs of low rank, damped as usual: the hard case.
+    // Inputs of low rank with a thousandth of the usual damping: hard enough that f32 shows at all.
     let (n, k) = (64, 256);
     let w = weights(n, k, 77);
-    let h = positive_definite(k, 32, 0.02, 3);
-    let (r, u) = (factor(&h), upper_factor_of_inverse(&h));
+    let h = positive_definite(k, 16, 2e-5, 3);
     let fit = GridFit { scales: ScaleRule::GptqModel, ..fit(4, true) };
-    let exact = textbook(&w, &u, k, fit, 128, false);
-    let single = textbook(&w, &u, k, fit, 128, true);
+    let exact = textbook(&w, &upper_factor_of_inverse(&h), k, fit, 128, false);
+
+    // The U form, all in f32 as the reference runs it: inverse, then its factor.
+    let mut inverse = h.clone();
+    Blocked.inverse(inverse.view_mut()).unwrap();
+    Blocked.factor(inverse.view_mut()).unwrap();
+    let u = inverse.t().mapv(f64::from);
+    let reference = textbook(&w, &u, k, fit, 128, true);
+
     let grouping = Grouping::Fitted { len: k, fit, timing: GroupTiming::Reached };
-    let ours = round_columns(w.clone().view_mut(), r.view(), 128, grouping).unwrap();
-    let (ours, single) = (mismatches(&ours.codes, &exact.codes), mismatches(&single.codes, &exact.codes));
-    // A row that parts at a tie differs in many later codes, so that rows are what to count: at 16384 codes and f32
-    // errors of about 1e-6 steps a tie that close is unlikely in either form.
-    assert!(ours <= single + k / 2, "{ours} of ours, {single} of the U form in f32");
+    let ours = round_columns(w.clone().view_mut(), factor(&h).view(), 128, grouping).unwrap();
+    let parted = |codes: &Array2<u8>| {
+        let pairs = codes.rows().into_iter().zip(exact.codes.rows());
+        pairs.filter(|(a, b)| a != b).count()
+    };
+    let (ours, reference) = (parted(&ours.codes), parted(&reference.codes));
+    // Rows part from the exact result where a tie is closer than the factor's error; half as many again is the
+    // spread of such a count.
+    assert!(reference > 0 && 2 * ours <= 3 * reference, "{ours} rows of ours, {reference} of the U form");
 }
 
 #[test]
