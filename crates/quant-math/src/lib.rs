@@ -25,7 +25,9 @@
 //! let grouping = Grouping::Fitted { len: 2, fit, timing: GroupTiming::Reached };
 //! let rounded = round_columns(w.view_mut(), h.view(), 128, grouping)?;
 //! assert_eq!(rounded.codes.dim(), (2, 4));
-//! assert!(w.iter().all(|error| error.abs() < 0.1), "`w` now holds the errors");
+//! let mut back = [0.0; 2];
+//! rounded.grids[[0, 1]].dequantize(&[rounded.codes[[0, 2]], rounded.codes[[0, 3]]], &mut back);
+//! assert_eq!(w[[0, 2]], 0.2 - back[0], "`w` now holds the errors");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
