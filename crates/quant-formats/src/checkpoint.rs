@@ -210,8 +210,12 @@ impl Checkpoint {
     /// Finds the layout and its modules.
     fn detect(&mut self) -> Result<Option<Box<dyn Reader>>, FormatError> {
         let infos = self.tensor_infos().map(|(name, info)| (name, info.dtype, &info.shape[..]));
-        let dir = self.path.is_dir().then_some(self.path.as_path());
-        let Some((layout, config)) = detect::detect(&self.config, dir, infos)? else { return Ok(None) };
+        let detected = if self.path.is_dir() {
+            detect::detect(&self.config, Some(&self.path), infos)?
+        } else {
+            detect::detect_file(&self.path, infos)?
+        };
+        let Some((layout, config)) = detected else { return Ok(None) };
         let reader = layout.reader(&config)?;
         self.modules = self.tensors.keys().filter_map(|n| layout.module_of(n)).map(str::to_owned).collect();
         if self.modules.is_empty() {

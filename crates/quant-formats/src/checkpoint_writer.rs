@@ -191,6 +191,7 @@ impl CheckpointWriter {
 
     /// Renames the finished directory, moving an old one out of the way first, and back if that fails.
     fn put_in_place(&mut self) -> Result<Option<PathBuf>, FormatError> {
+        let _whole = file::putting_in_place();
         check_target(&self.target, self.overwrite)?;
         if !self.target.exists() {
             self.temp.rename_to(&self.target)?;

@@ -79,6 +79,21 @@ pub(crate) fn detect<'a>(
     by_tensors(tensors, Value::Null)
 }
 
+/// The same for one file. Its tensors decide whether it is quantized; if they say so, a configuration beside it
+/// tells the details, such as the version.
+pub(crate) fn detect_file<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (&'a str, DType, &'a [usize])> + Clone,
+) -> Result<Detected, FormatError> {
+    let alone = by_tensors(tensors.clone(), Value::Null)?;
+    let Some(dir) = path.parent().filter(|_| alone.is_some()) else { return Ok(None) };
+    let config = dir.join("config.json");
+    if !config.exists() {
+        return Ok(alone);
+    }
+    detect(&json::read(&config, json::CONFIG_LIMIT)?, Some(dir), tensors)
+}
+
 /// The method that a configuration names, in lower case.
 fn method(config: &Value) -> Result<Option<String>, FormatError> {
     for key in ["quant_method", "method"] {

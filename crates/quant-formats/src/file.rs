@@ -1,8 +1,10 @@
 //! Files: opened with care, read by position, written beside and renamed.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::FormatError;
 
@@ -138,6 +140,41 @@ pub(crate) fn make_beside<T>(
     }
 }
 
+/// Paths that are removed when this process ends early.
+static UNFINISHED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+/// Held while finished output takes its final name.
+static PUTTING_IN_PLACE: Mutex<()> = Mutex::new(());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets [`remove_unfinished`] wait until the guard is dropped, because an old output has no name for a moment.
+pub(crate) fn putting_in_place() -> MutexGuard<'static, ()> {
+    lock(&PUTTING_IN_PLACE)
+}
+
+/// Removes all output of this process that is not complete yet. For programs that are about to end because of a
+/// signal, and for nothing else: from now on no output can be finished.
+pub fn remove_unfinished() {
+    // Never unlocked: whoever wants to rename now waits for the end of the process.
+    std::mem::forget(putting_in_place());
+    for path in lock(&UNFINISHED).iter() {
+        // Another thread may still be making files in the directory.
+        for _ in 0..100 {
+            remove(path);
+            if !path.exists() {
+                break;
+            }
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    // Nothing can be done about a failure here; the name says what it is.
+    let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+}
+
 /// A file or directory that is removed when dropped, unless it has been renamed to its final name.
 #[derive(Debug)]
 pub(crate) struct TempPath {
@@ -151,7 +188,9 @@ impl TempPath {
         path: &Path,
         make: impl Fn(&Path) -> io::Result<T>,
     ) -> Result<(Self, T), FormatError> {
+        let mut unfinished = lock(&UNFINISHED);
         let (path, made) = make_beside(path, make)?;
+        unfinished.insert(path.clone());
         Ok((Self { path, renamed: false }, made))
     }
 
@@ -160,7 +199,7 @@ impl TempPath {
         &self.path
     }
 
-    /// Gives it its final name, durably.
+    /// Gives it its final name, durably. The caller holds [`putting_in_place`].
     pub(crate) fn rename_to(&mut self, target: &Path) -> Result<(), FormatError> {
         let (parent, _) = split(target)?;
         fs::rename(&self.path, target).map_err(|e| FormatError::io("rename to", target, e))?;
@@ -172,9 +211,8 @@ impl TempPath {
 impl Drop for TempPath {
     fn drop(&mut self) {
         if !self.renamed {
-            // Nothing can be done about a failure here; the name says what it is.
-            let _ =
-                if self.path.is_dir() { fs::remove_dir_all(&self.path) } else { fs::remove_file(&self.path) };
+            remove(&self.path);
         }
+        lock(&UNFINISHED).remove(&self.path);
     }
 }

@@ -59,6 +59,7 @@ pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, WriteOptions, Written, planned_files};
 pub use error::{FormatError, HeaderError, IndexError, NpyError, Unsupported};
 pub use escape::{DisplayName, display_name, display_path};
+pub use file::remove_unfinished;
 pub use hf_cache::resolve_model;
 pub use layout::{Layout, Reader, StoredModel, TensorSource, layout, layout_for, layouts};
 pub use npy::read_npy_ids;

@@ -214,6 +214,7 @@ impl SafetensorsWriter {
     pub fn finish(mut self) -> Result<(), FormatError> {
         check_written(self.shard.unwritten())?;
         self.shard.sync()?;
+        let _whole = file::putting_in_place();
         self.temp.rename_to(&self.target)
     }
 }

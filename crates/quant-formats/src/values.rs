@@ -7,6 +7,8 @@ use crate::error::FormatError;
 /// Elements that are decoded at a time.
 const BLOCK: usize = 4096;
 
+const FINITE: &str = "weights and scales must be finite";
+
 /// What a scan of a tensor found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NonFinite {
@@ -52,8 +54,7 @@ pub fn check_tensor(name: &str, tensor: &DenseTensor) -> Result<(), FormatError>
     }
 }
 
-/// Fails if a scale, zero point or bias of a layer is NaN or infinite. `part` indices count in this crate's order
-/// `[out, groups]`.
+/// Fails if a scale, zero point or bias of a layer is NaN or infinite, naming the first.
 pub fn check_layer(module: &str, linear: &QuantizedLinear) -> Result<(), FormatError> {
     let weight = &linear.weight;
     let offset = match &weight.offset {
@@ -62,11 +63,17 @@ pub fn check_layer(module: &str, linear: &QuantizedLinear) -> Result<(), FormatE
         Offset::Shift { param, .. } => Some(("shifts", param)),
     };
     for (part, params) in [("scales", &weight.scales)].into_iter().chain(offset) {
-        if let Some(first) = params.first_non_finite() {
-            return Err(
-                NonFinite { first, value: params.get(first), count: 1 }.error(&format!("{module}.{part}"))
-            );
-        }
+        let Some(index) = params.first_non_finite() else { continue };
+        // Files often hold groups before outputs, so a flat index alone would mislead.
+        let per_row = params.len().checked_div(weight.rows()).unwrap_or(0).max(1);
+        let place = format!("output {}, group {}", index / per_row, index % per_row);
+        let found = format!("{} ({place})", params.get(index));
+        return Err(FormatError::Value {
+            tensor: format!("{module}.{part}"),
+            index,
+            found,
+            expected: FINITE.into(),
+        });
     }
     match &linear.bias {
         Some(bias) => check_tensor(&format!("{module}.bias"), bias),
@@ -80,7 +87,7 @@ impl NonFinite {
             tensor: tensor.to_owned(),
             index: self.first,
             found: self.value.to_string(),
-            expected: "weights and scales must be finite".into(),
+            expected: FINITE.into(),
         }
     }
 }

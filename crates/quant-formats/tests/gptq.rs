@@ -93,20 +93,29 @@ proptest! {
         }
     }
 
-    /// Parts of random type and shape, and random settings: an error or a layer, never a panic.
+    /// Parts of random type and shape, in place of those of a valid layer or alone, and random settings: an error
+    /// or a layer, never a panic.
     #[test]
     fn parts_that_do_not_fit_never_panic(
-        parts in prop::collection::vec((0usize..5, 0usize..6, prop::collection::vec(0usize..9, 0..4)), 0..8),
+        parts in prop::collection::vec((0usize..5, 0usize..6, any_shape(), any::<u8>()), 0..4),
         fields in prop::collection::vec((0usize..8, any_json()), 0..4),
+        valid in any::<bool>(),
     ) {
         const PARTS: [&str; 5] = ["qweight", "qzeros", "scales", "g_idx", "bias"];
         const TYPES: [DType; 6] = [DType::I32, DType::I32, DType::F16, DType::F32, DType::F4, DType::U8];
         const FIELDS: [&str; 8] =
             ["bits", "group_size", "dynamic", "checkpoint_format", "desc_act", "sym", "pack_dtype", "quant_method"];
         let mut source = BTreeMap::new();
-        for (part, dtype, shape) in parts {
+        if valid {
+            let codes = Codes::zeros(4, 32, 32).unwrap();
+            let (scales, zeros) = (Params::F32(vec![1.0; 64]), Offset::Zero(Params::U8(vec![8; 64])));
+            let matrix = QuantizedMatrix::affine(codes, Groups::Row { len: 16 }, scales, zeros, 0);
+            source = store("gptq", &QuantizedLinear::new(matrix)).unwrap();
+        }
+        for (part, dtype, shape, byte) in parts {
             let Some(len) = TYPES[dtype].byte_len(&shape) else { continue };
-            source.insert(format!("m.{}", PARTS[part]), DenseTensor::new(TYPES[dtype], shape, vec![1; len]).unwrap());
+            let tensor = DenseTensor::new(TYPES[dtype], shape, vec![byte; len]).unwrap();
+            source.insert(format!("m.{}", PARTS[part]), tensor);
         }
         let config: Value = fields.into_iter().map(|(f, v)| (FIELDS[f].to_owned(), v)).collect();
         if let Ok(reader) = layout("gptq").unwrap().reader(&config)
@@ -115,6 +124,10 @@ proptest! {
             prop_assert!(linear.weight.validate().is_ok());
         }
     }
+}
+
+fn any_shape() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(prop::sample::select(vec![0usize, 1, 2, 3, 4, 8, 31, 32, 64]), 0..4)
 }
 
 fn any_json() -> impl Strategy<Value = Value> {

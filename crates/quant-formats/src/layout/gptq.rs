@@ -16,6 +16,8 @@ mod config;
 mod read;
 mod words;
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use ndarray::Array2;
 use quant_core::{
@@ -226,7 +228,7 @@ impl Layout for Gptq {
             zeros.chunks(rows).zip(qzeros.chunks_mut(line)).for_each(|(z, out)| codes::pack(bits, z, out));
         }
         let (scale_type, scale_bytes) = self.scale_bytes(&matrix.scales, rows, count)?;
-        let tensor = |part: &str, dtype, shape: Vec<usize>, bytes: Vec<u8>| {
+        let tensor = |part: &str, dtype, shape: Vec<usize>, bytes: Arc<[u8]>| {
             let name = format!("{module}.{part}");
             match DenseTensor::new(dtype, shape, bytes) {
                 Ok(tensor) => Ok((name, tensor)),
@@ -242,8 +244,8 @@ impl Layout for Gptq {
                 vec![cols * bits / 32, rows],
                 words::to_words(&matrix.codes, perm),
             )?,
-            tensor("qzeros", DType::I32, vec![count, rows * bits / 32], qzeros)?,
-            tensor("scales", scale_type, vec![count, rows], scale_bytes)?,
+            tensor("qzeros", DType::I32, vec![count, rows * bits / 32], qzeros.into())?,
+            tensor("scales", scale_type, vec![count, rows], scale_bytes.into())?,
             tensor("g_idx", DType::I32, vec![cols], g_idx)?,
         ];
         tensors.extend(linear.bias.clone().map(|bias| (format!("{module}.bias"), bias)));

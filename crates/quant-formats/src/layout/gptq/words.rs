@@ -2,83 +2,127 @@
 //!
 //! GPTQ packs the codes of one output, input by input, into a little-endian bit stream of 32-bit words, which
 //! is what a row of [`Codes`] is. It stores word `w` of output `n` at `[w, n]`. So packing and unpacking is a
-//! transposition of words, for any number of bits; only act-order has to touch codes.
+//! transposition of words, for any number of bits. Act-order moves whole columns of codes: the same shift for
+//! all outputs, done for many of them at once without unpacking any.
 
-use quant_core::{Codes, Permutation, codes};
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use quant_core::{Codes, Permutation};
 use rayon::prelude::*;
 
-/// Outputs that are transposed together: their words of one row fill four cache lines.
-const ROWS: usize = 64;
+/// Outputs that are handled together: their words of one line of `qweight` fill four cache lines.
+const LANES: usize = 64;
 
-/// Words of one output that are transposed together: one cache line.
+/// Words of one output that are transposed together: one cache line, so that each is touched once. Rows are
+/// often a power of two apart, where coming back to 64 of them finds none in the cache.
 const WORDS: usize = 16;
 
-/// `qweight` `[words, out]` to codes `[out, in]`. With `perm`, stored columns are taken in its order.
-/// The bytes of `qweight` must be as many as those of `codes`, whose rows are whole words.
+/// One word of each of several outputs.
+type Line = [u32; LANES];
+
+/// `qweight` `[words, out]` to codes `[out, in]`; with `perm`, stored columns are taken in its order.
+/// `qweight` must have as many bytes as `codes`, whose rows are whole words.
 pub(super) fn from_words(qweight: &[u8], codes: &mut Codes, perm: Option<&Permutation>) {
-    let (rows, bits, cols, row_bytes) = (codes.rows(), codes.bits(), codes.cols(), codes.row_bytes());
-    debug_assert_eq!(qweight.len(), rows * row_bytes);
+    let (outputs, row_bytes, bits) = (codes.rows(), codes.row_bytes(), codes.bits());
     let (words, _) = qweight.as_chunks::<4>();
-    let chunks: Vec<&mut [u8]> = codes.row_chunks_mut(ROWS).collect();
-    chunks.into_par_iter().enumerate().for_each(|(i, chunk)| {
-        let count = chunk.len() / row_bytes;
+    let chunks: Vec<&mut [u8]> = codes.row_chunks_mut(LANES).collect();
+    chunks.into_par_iter().enumerate().for_each(|(i, rows)| {
+        let lanes = rows.len() / row_bytes;
         for start in (0..row_bytes / 4).step_by(WORDS) {
-            let end = (start + WORDS).min(row_bytes / 4);
-            for w in start..end {
-                let line = &words[w * rows + i * ROWS..][..count];
-                for (row, word) in chunk.chunks_exact_mut(row_bytes).zip(line) {
-                    row[4 * w..][..4].copy_from_slice(word);
-                }
+            let mut block = [[0; LANES]; WORDS];
+            for (w, line) in (start..row_bytes / 4).zip(&mut block) {
+                let stored = &words[w * outputs + i * LANES..][..lanes];
+                line.iter_mut().zip(stored).for_each(|(l, &word)| *l = u32::from_le_bytes(word));
             }
+            store(&block, rows, row_bytes, start);
         }
         if let Some(perm) = perm {
-            let (mut natural, mut stored) = (vec![0; cols], vec![0; cols]);
-            for row in chunk.chunks_exact_mut(row_bytes) {
-                codes::unpack(bits, row, &mut natural);
-                for (code, &feature) in stored.iter_mut().zip(perm.features()) {
-                    *code = natural[feature as usize];
-                }
-                codes::pack(bits, &stored, row);
-            }
+            permute(rows, row_bytes, bits, perm.features());
         }
     });
 }
 
 /// The inverse of [`from_words`].
-pub(super) fn to_words(codes: &Codes, perm: Option<&Permutation>) -> Vec<u8> {
-    let (rows, bits, cols, row_bytes) = (codes.rows(), codes.bits(), codes.cols(), codes.row_bytes());
-    let natural_order;
-    let bytes = match perm {
-        None => codes.bytes(),
-        Some(perm) => {
-            let mut packed = vec![0; codes.bytes().len()];
-            packed.par_chunks_mut(row_bytes).enumerate().for_each_init(
-                || (vec![0; cols], vec![0; cols]),
-                |(natural, stored), (r, row)| {
-                    codes.unpack_row(r, stored);
-                    for (&code, &feature) in stored.iter().zip(perm.features()) {
-                        natural[feature as usize] = code;
-                    }
-                    codes::pack(bits, natural, row);
-                },
-            );
-            natural_order = packed;
-            &natural_order
-        }
-    };
-    let mut words = vec![0; bytes.len()];
-    words.par_chunks_mut(4 * rows * WORDS).enumerate().for_each(|(i, chunk)| {
-        for start in (0..rows).step_by(ROWS) {
-            let end = (start + ROWS).min(rows);
-            for r in start..end {
-                let row = &bytes[r * row_bytes + 4 * i * WORDS..(r + 1) * row_bytes];
-                for (line, word) in chunk.chunks_exact_mut(4 * rows).zip(row.as_chunks::<4>().0) {
-                    line[4 * r..][..4].copy_from_slice(word);
-                }
+pub(super) fn to_words(codes: &Codes, perm: Option<&Permutation>) -> Arc<[u8]> {
+    let (outputs, row_bytes, bits) = (codes.rows(), codes.row_bytes(), codes.bits());
+    let mut bytes = Cow::Borrowed(codes.bytes());
+    if let Some(inverse) = perm.map(Permutation::inverse) {
+        let chunks = bytes.to_mut().par_chunks_mut(LANES * row_bytes);
+        chunks.for_each(|rows| permute(rows, row_bytes, bits, &inverse));
+    }
+    let mut words: Arc<[u8]> = std::iter::repeat_n(0, bytes.len()).collect();
+    let chunks = Arc::get_mut(&mut words).unwrap_or_default().par_chunks_mut(4 * outputs * WORDS);
+    chunks.enumerate().for_each(|(i, lines)| {
+        for (j, rows) in bytes.chunks(LANES * row_bytes).enumerate() {
+            let block = load(rows, row_bytes, i * WORDS);
+            let lanes = rows.len() / row_bytes;
+            for (out, line) in lines.chunks_exact_mut(4 * outputs).zip(&block) {
+                let (out, _) = out[4 * j * LANES..][..4 * lanes].as_chunks_mut::<4>();
+                out.iter_mut().zip(line).for_each(|(o, word)| *o = word.to_le_bytes());
             }
         }
     });
     words
+}
+
+/// Words `start..` of up to `LANES` rows, transposed.
+fn load(rows: &[u8], row_bytes: usize, start: usize) -> [Line; WORDS] {
+    let end = row_bytes.min(4 * (start + WORDS));
+    let mut block = [[0; LANES]; WORDS];
+    for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
+        let (words, _) = row[4 * start..end].as_chunks::<4>();
+        block.iter_mut().zip(words).for_each(|(line, &word)| line[lane] = u32::from_le_bytes(word));
+    }
+    block
+}
+
+/// The inverse of [`load`].
+fn store(block: &[Line; WORDS], rows: &mut [u8], row_bytes: usize, start: usize) {
+    let end = row_bytes.min(4 * (start + WORDS));
+    for (lane, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
+        let (words, _) = row[4 * start..end].as_chunks_mut::<4>();
+        words.iter_mut().zip(block).for_each(|(word, line)| *word = line[lane].to_le_bytes());
+    }
+}
+
+/// Reorders the codes of up to `LANES` rows: code `c` becomes what code `features[c]` was.
+fn permute(rows: &mut [u8], row_bytes: usize, bits: u8, features: &[u32]) {
+    let starts = || (0..row_bytes / 4).step_by(WORDS);
+    let lines: Vec<Line> = starts().flat_map(|start| load(rows, row_bytes, start)).collect();
+    for start in starts() {
+        let mut block = [[0; LANES]; WORDS];
+        for (w, line) in (start..row_bytes / 4).zip(&mut block) {
+            *line = permuted_word(&lines, bits, features, w);
+        }
+        store(&block, rows, row_bytes, start);
+    }
+}
+
+/// Word `w` of the bit streams whose code `c` is code `features[c]` of the bit streams `lines`. A code that
+/// reaches into the next word is assembled for both.
+fn permuted_word(lines: &[Line], bits: u8, features: &[u32], w: usize) -> Line {
+    let bits = usize::from(bits);
+    let mask = (1u32 << bits) - 1;
+    let mut out = [0; LANES];
+    let reaching = 32 * w / bits..(32 * (w + 1)).div_ceil(bits);
+    for (c, &feature) in reaching.clone().zip(&features[reaching]) {
+        let from = feature as usize * bits;
+        let (low, right) = (&lines[from / 32], from % 32);
+        // Shifted by less than a word: a code that ends with its word takes nothing from the next.
+        let (high, left) = if right + bits > 32 { (&lines[from / 32 + 1], 32 - right) } else { (low, 0) };
+        let straddles = left != 0;
+        let to = c * bits;
+        let (up, down) = (to.saturating_sub(32 * w), (32 * w).saturating_sub(to));
+        for ((o, &low), &high) in out.iter_mut().zip(low).zip(high) {
+            let mut code = low >> right;
+            if straddles {
+                code |= high << left;
+            }
+            *o |= (code & mask) << up >> down;
+        }
+    }
+    out
 }
 
 #[cfg(test)]
