@@ -7,7 +7,7 @@ pub(super) fn check(base64: &str) -> Result<(), String> {
     let (size, rest) =
         bytes.split_first_chunk().ok_or("the precompiled charsmap is shorter than its length")?;
     let size = u32::from_le_bytes(*size) as usize;
-    if size > rest.len() || size % 4 != 0 || size == 0 {
+    if size > rest.len() || !size.is_multiple_of(4) || size == 0 {
         let have = rest.len();
         return Err(format!("the precompiled charsmap has a trie of {size} bytes, {have} are present"));
     }

@@ -1,6 +1,10 @@
 //! Tests against reference files and hostile ones.
 
+mod arch;
+mod generate;
 mod golden;
 mod malformed;
+mod rope;
+mod stages;
 mod support;
 mod tokenizer;

@@ -1,6 +1,7 @@
 //! Real tokenizers: texts, special tokens, streams, and files edited to be harmful.
 
 use std::fs;
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use quant_model::{Tokenizer, TokenizerError};
@@ -15,6 +16,8 @@ fn stories() -> Value {
 fn load(file: &Value) -> Result<Tokenizer, TokenizerError> {
     Tokenizer::from_bytes(&serde_json::to_vec(file).unwrap())
 }
+
+static STORIES: LazyLock<Tokenizer> = LazyLock::new(|| load(&stories()).unwrap());
 
 /// Encoding adds what the post-processor says, and decoding gives the text back.
 fn round_trip(tokenizer: &Tokenizer, text: &str) {
@@ -31,10 +34,10 @@ fn round_trip(tokenizer: &Tokenizer, text: &str) {
 
 #[test]
 fn texts_come_back() {
-    let tokenizer = load(&stories()).unwrap();
+    let tokenizer = &*STORIES;
     for text in ["once upon a time, there was a little girl.", "今天天气如何? 🦀 naïve", "\n\n  x\t", ""]
     {
-        round_trip(&tokenizer, text);
+        round_trip(tokenizer, text);
     }
 }
 
@@ -54,7 +57,7 @@ fn known_ids() {
 /// A character in several tokens appears when its last byte does, never as a replacement character.
 #[test]
 fn streams_wait_for_whole_characters() {
-    let tokenizer = load(&stories()).unwrap();
+    let tokenizer = &*STORIES;
     let ids = tokenizer.encode("🦀", false).unwrap();
     assert!(ids.len() > 1, "the character is split");
     let mut stream = tokenizer.stream(true);
@@ -68,15 +71,17 @@ fn streams_wait_for_whole_characters() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn any_text_comes_back(text in "[a-z ]{0,20}\\PC{0,10}") {
-        round_trip(&load(&stories()).unwrap(), &text);
+        round_trip(&STORIES, &text);
     }
 
     /// Whatever a model emits, the stream's pieces are the text of all tokens.
     #[test]
     fn streams_of_any_tokens_add_up(ids in prop::collection::vec(0u32..2048, 0..30)) {
-        let tokenizer = load(&stories()).unwrap();
+        let tokenizer = &*STORIES;
         let mut stream = tokenizer.stream(true);
         let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
         text += &stream.finish().unwrap();
