@@ -25,7 +25,8 @@ use half::{bf16, f16};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
 
 use self::driver::Product;
-use self::operand::{Expanded, Left, Plain, Right, Turned, rows_of};
+use self::operand::{Expanded, Turned, rows_of};
+pub(crate) use self::operand::{Left, Plain, Right};
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.
@@ -165,7 +166,7 @@ fn transpose_into(from: ArrayView2<'_, f32>, mut to: ArrayViewMut2<'_, f32>) {
     rayon::join(|| transpose_into(from_a, to_a), || transpose_into(from_b, to_b));
 }
 
-fn multiply<L: Left, R: Right>(
+pub(crate) fn multiply<L: Left, R: Right>(
     [m, depth, n]: [usize; 3],
     alpha: f32,
     left: L,
@@ -179,7 +180,7 @@ fn multiply<L: Left, R: Right>(
     Ok(())
 }
 
-fn check_shape<S: RawData>(
+pub(crate) fn check_shape<S: RawData>(
     operand: &'static str,
     expected: [usize; 2],
     matrix: &ArrayBase<S, Ix2>,
@@ -188,7 +189,10 @@ fn check_shape<S: RawData>(
     if expected == found { Ok(()) } else { Err(ShapeError::Shape { operand, expected, found }) }
 }
 
-fn check_rows<S: RawData>(operand: &'static str, matrix: &ArrayBase<S, Ix2>) -> Result<(), ShapeError> {
+pub(crate) fn check_rows<S: RawData>(
+    operand: &'static str,
+    matrix: &ArrayBase<S, Ix2>,
+) -> Result<(), ShapeError> {
     let stride = matrix.strides()[1];
     if stride == 1 || matrix.ncols() < 2 || matrix.is_empty() {
         Ok(())

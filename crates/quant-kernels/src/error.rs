@@ -26,6 +26,14 @@ pub enum ShapeError {
         /// The length handed over.
         found: usize,
     },
+    /// A row that the matrix does not have.
+    #[error("row {found} of a matrix of {rows} rows")]
+    Row {
+        /// The row asked for.
+        found: usize,
+        /// How many there are.
+        rows: usize,
+    },
     /// A matrix whose rows are not contiguous.
     #[error(
         "rows of {operand} are not contiguous (stride {stride} between neighbours); copy it to standard order"

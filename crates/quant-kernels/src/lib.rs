@@ -1,7 +1,8 @@
 //! Fast, exact and deterministic f32 kernels: the only crate of the project with vector instructions.
 //!
 //! - [`isa`] finds out what the processor can do;
-//! - [`dense`] multiplies matrices.
+//! - [`dense`] multiplies matrices;
+//! - [`packed`] multiplies by quantized matrices.
 //!
 //! Every function gives the same bits on every instruction set and for every number of threads. Work is split
 //! over the current rayon pool.
@@ -9,6 +10,7 @@
 pub mod dense;
 pub mod error;
 pub mod isa;
+pub mod packed;
 pub mod roof;
 mod simd;
 
@@ -17,3 +19,4 @@ pub use dense::{
 };
 pub use error::ShapeError;
 pub use isa::Isa;
+pub use packed::{PackError, PackedMatrix};
