@@ -157,9 +157,8 @@ pub(crate) fn putting_in_place() -> MutexGuard<'static, ()> {
 /// Removes all output of this process that is not complete yet. For programs that are about to end because of a
 /// signal, and for nothing else: from now on no output can be finished.
 pub fn remove_unfinished() {
-    // Never unlocked: whoever wants to rename now waits for the end of the process.
-    std::mem::forget(putting_in_place());
-    for path in lock(&UNFINISHED).iter() {
+    let (renames, unfinished) = (putting_in_place(), lock(&UNFINISHED));
+    for path in unfinished.iter() {
         // Another thread may still be making files in the directory.
         for _ in 0..100 {
             remove(path);
@@ -168,6 +167,8 @@ pub fn remove_unfinished() {
             }
         }
     }
+    // Never unlocked: whoever wants to begin or finish an output now waits for the end of the process.
+    std::mem::forget((renames, unfinished));
 }
 
 fn remove(path: &Path) {
