@@ -63,8 +63,8 @@ impl Attention {
                         self.window.map_or(0, |w| (end + from).saturating_sub(w).saturating_sub(from));
                     let row = row.as_slice_mut().expect("scores are in standard order");
                     row[..start].fill(f32::NEG_INFINITY);
-                    row[end..].fill(f32::NEG_INFINITY);
-                    ops::softmax(row);
+                    ops::softmax(&mut row[..end]);
+                    row[end..].fill(0.0);
                 }
                 Ok(matmul_nn(1.0, scores.view(), v, 0.0, out)?)
             })

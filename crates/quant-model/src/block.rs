@@ -23,10 +23,20 @@ pub struct Sequences {
 }
 
 impl Sequences {
-    /// Sequences of `len` rows at the positions `start .. start + len`.
+    /// Sequences of `len` rows at the positions `start .. start + len`, up to which a text is known.
     pub fn new(spec: &ArchSpec, start: usize, len: usize) -> Result<Self, ModelError> {
+        Self::within(spec, start, len, start + len)
+    }
+
+    /// Sequences of `len` rows from `start` on, out of texts known up to `text_len`.
+    pub(crate) fn within(
+        spec: &ArchSpec,
+        start: usize,
+        len: usize,
+        text_len: usize,
+    ) -> Result<Self, ModelError> {
         let rope = match &spec.positions {
-            PositionSpec::Rope(rope) => Some(rope.table(start, len)),
+            PositionSpec::Rope(rope) => Some(rope.table(start, len, text_len)),
             PositionSpec::Learned if start + len > spec.max_positions => {
                 return Err(ModelError::Context { positions: start + len, limit: spec.max_positions });
             }

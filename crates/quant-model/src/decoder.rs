@@ -187,10 +187,11 @@ impl Decoder {
     /// Runs `ids` after what the cache holds. Returns what leaves the last block, `[ids, hidden]`.
     pub fn forward(&self, ids: &[u32], cache: &mut KvCache) -> Result<Array2<f32>, ModelError> {
         let mut pieces = Vec::new();
+        let text_len = cache.len() + ids.len();
         for ids in ids.chunks(CHUNK) {
             let start = cache.len();
             let mut x = self.embedding.embed(ids, start)?;
-            let sequences = Sequences::new(&self.spec, start, ids.len())?;
+            let sequences = Sequences::within(&self.spec, start, ids.len(), text_len)?;
             for (layer, block) in self.blocks.iter().enumerate() {
                 block.forward(&mut x, &sequences, Some(cache.layer_mut(layer)))?;
             }

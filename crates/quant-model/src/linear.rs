@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
 use quant_kernels::{HalfView, matmul_nt, matmul_nt_half};
+
+use rayon::prelude::*;
 
 use crate::error::ModelError;
 
@@ -203,14 +205,13 @@ impl Linear for PackedLinear {
     }
 
     fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        let (rows, cols) = self.shape();
-        let mut panel = Array2::zeros((PANEL_ROWS.min(rows), cols));
-        for start in (0..rows).step_by(PANEL_ROWS) {
-            let end = rows.min(start + PANEL_ROWS);
-            let mut panel = panel.slice_axis_mut(Axis(0), Slice::from(..end - start));
-            self.weight.dequantize_rows(start..end, panel.view_mut());
-            matmul_nt(x, panel.view(), out.slice_axis_mut(Axis(1), Slice::from(start..end)))?;
-        }
+        let panels = out.axis_chunks_iter_mut(Axis(1), PANEL_ROWS).into_par_iter().enumerate();
+        panels.try_for_each(|(i, out)| {
+            let first = i * PANEL_ROWS;
+            let mut panel = Array2::zeros((out.ncols(), self.weight.cols()));
+            self.weight.dequantize_rows(first..first + out.ncols(), panel.view_mut());
+            matmul_nt(x, panel.view(), out)
+        })?;
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }

@@ -183,9 +183,9 @@ impl RopeSpec {
         }
     }
 
-    /// Sines and cosines for the positions `start .. start + len`.
-    pub fn table(&self, start: usize, len: usize) -> RopeTable {
-        let frequencies = self.frequencies(start + len);
+    /// Sines and cosines for the positions `start .. start + len` of a text of `text_len` positions.
+    pub fn table(&self, start: usize, len: usize, text_len: usize) -> RopeTable {
+        let frequencies = self.frequencies(text_len);
         let factor = self.attention_factor();
         // The reference rounds the angle to f32 before it takes the sine; at high positions that matters.
         let angle = |(t, i): (usize, usize)| f64::from((start + t) as f32 * frequencies[i]);

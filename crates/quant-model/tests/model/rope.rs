@@ -51,7 +51,7 @@ fn tables_are_those_of_the_reference() {
             worst_frequency = worst_frequency.max(error / EPS);
             assert!(error <= 16.0 * EPS, "{name}: frequency {i} is {ours}, of the reference {theirs}");
         }
-        let table = rope_new.table(0, len);
+        let table = rope_new.table(0, len, len);
         for (ours, theirs) in [(&table.cos, &cos), (&table.sin, &sin)] {
             for ((t, i), &value) in ours.indexed_iter() {
                 let error = (f64::from(value) - f64::from(theirs[[t, i]])).abs();
@@ -67,7 +67,7 @@ fn tables_are_those_of_the_reference() {
 #[test]
 fn a_table_of_later_positions_continues_the_first() {
     let rope = rope(&json!({"hidden_size": 32, "num_attention_heads": 4}));
-    let (whole, tail) = (rope.table(0, 9), rope.table(5, 4));
+    let (whole, tail) = (rope.table(0, 9, 9), rope.table(5, 4, 9));
     for t in 0..4 {
         assert_eq!((whole.cos.row(5 + t), whole.sin.row(5 + t)), (tail.cos.row(t), tail.sin.row(t)));
     }
