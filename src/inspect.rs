@@ -178,7 +178,7 @@ pub fn inspect(model: &Path) -> Result<Inspection, Error> {
 }
 
 /// Bits per weight as [`Inspection::bits_per_weight`].
-pub(crate) fn bits_per_weight(checkpoint: &Checkpoint) -> Result<f64, Error> {
+pub fn bits_per_weight(checkpoint: &Checkpoint) -> Result<f64, Error> {
     Ok(count(checkpoint)?.bits_per_weight())
 }
 

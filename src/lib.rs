@@ -3,19 +3,32 @@
 
 pub mod calibration;
 mod config;
+mod dequantize;
 mod error;
+mod hash;
+mod inspect;
 mod model;
 mod progress;
 mod quantize;
+pub mod registry;
 mod system;
+mod verify;
 
 pub use calibration::CalibrationSource;
 pub use config::{NonFinite, QuantizeConfig};
+pub use dequantize::{DequantizeConfig, Dequantized, dequantize};
 pub use error::{Error, Problem};
+pub use inspect::{Inspection, bits_per_weight, inspect};
 pub use model::Model;
 pub use progress::{Progress, Silent};
 pub use quant_core::{GroupSize, QuantSpec};
+pub use quant_formats::{
+    Finding, FormatError, Severity, read_npy_ids, remove_unfinished, resolve_model, write_safetensors,
+};
+pub use quant_kernels::isa::IsaError;
 pub use quant_methods::{ColumnOrder, Compat, GptqOptions, MethodOptions};
 pub use quant_model::{Finish, GenerateOptions, Generated, Sampling, Tokenizer};
 pub use quantize::{LayerSummary, Plan, PlannedLayer, Summary, plan, quantize};
+pub use registry::{Entry, Info, check_environment, info};
 pub use system::{dense_flops, peak_rss_bytes};
+pub use verify::{Verification, verify};

@@ -1,0 +1,74 @@
+//! One file per command.
+
+mod dequantize;
+mod eval;
+mod generate;
+mod info;
+mod inspect;
+mod list;
+mod logits;
+mod options;
+mod plan;
+mod quantize;
+mod verify;
+
+use std::path::PathBuf;
+
+use clap::{Subcommand, ValueEnum};
+
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// What to do.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    Quantize(Box<quantize::Quantize>),
+    Plan(Box<plan::Plan>),
+    Eval(eval::Eval),
+    Generate(generate::Generate),
+    Logits(logits::Logits),
+    Dequantize(dequantize::Dequantize),
+    Inspect(inspect::Inspect),
+    Verify(verify::Verify),
+    List(list::List),
+    Info(info::Info),
+}
+
+impl Command {
+    /// Runs the command.
+    pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
+        match self {
+            Command::Quantize(command) => command.run(output),
+            Command::Plan(command) => command.run(output),
+            Command::Eval(command) => command.run(output),
+            Command::Generate(command) => command.run(output),
+            Command::Logits(command) => command.run(output),
+            Command::Dequantize(command) => command.run(output),
+            Command::Inspect(command) => command.run(output),
+            Command::Verify(command) => command.run(output),
+            Command::List(command) => command.run(output),
+            Command::Info(command) => command.run(output),
+        }
+    }
+}
+
+/// An existing path, or a model in the local Hugging Face cache.
+fn model_path(model: &str) -> Result<PathBuf, Failure> {
+    Ok(quant::resolve_model(model).map_err(quant::Error::from)?)
+}
+
+/// How products with quantized weights are computed.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Compute {
+    /// In f32
+    Exact,
+    /// With rounded activations where this build has a product for them, else as exact
+    Fast,
+}
+
+impl Compute {
+    /// What is really used: this build has only exact products.
+    fn used(self) -> &'static str {
+        "exact"
+    }
+}

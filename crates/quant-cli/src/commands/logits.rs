@@ -1,0 +1,83 @@
+//! `quant logits`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use quant::Model;
+use quant_core::DenseTensor;
+use serde::Serialize;
+
+use super::{Compute, model_path};
+use crate::failure::Failure;
+use crate::output::{Output, Table};
+
+/// Write a model's logits at every position of a text
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    quant logits models/llama-4bit --ids 1,15,27 --out logits.safetensors\n  \
+    quant logits models/llama-4bit --prompt \"Once upon a time\" --out logits.safetensors")]
+pub(crate) struct Logits {
+    /// Model directory, float or quantized, or a name in the local Hugging Face cache
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// Token ids
+    #[arg(long, value_name = "ID,ID,...", value_delimiter = ',', required_unless_present = "prompt")]
+    ids: Vec<u32>,
+    /// Text instead of ids
+    #[arg(long, short, value_name = "TEXT", conflicts_with = "ids")]
+    prompt: Option<String>,
+    /// File to write, with the tensor `logits` [tokens, vocabulary]; an existing one is replaced
+    #[arg(long, short, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// How products are computed
+    #[arg(long, value_enum, default_value = "exact")]
+    compute: Compute,
+}
+
+/// The JSON result.
+#[derive(Serialize)]
+struct Report {
+    ids: Vec<u32>,
+    tokens: usize,
+    vocab_size: usize,
+    /// The most probable next token.
+    next: Option<usize>,
+    compute: &'static str,
+}
+
+impl Logits {
+    /// Runs the command.
+    pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
+        let model = Model::open(&model_path(&self.model)?)?;
+        let ids = match &self.prompt {
+            None => self.ids.clone(),
+            Some(prompt) => model.tokenizer()?.encode(prompt, true).map_err(quant::Error::from)?,
+        };
+        let logits = model.logits(&ids)?;
+        let (tokens, vocab_size) = logits.dim();
+        let next = logits.rows().into_iter().next_back().and_then(|last| {
+            let better = |best: usize, i: usize| if last[i] > last[best] { i } else { best };
+            (0..vocab_size).reduce(better)
+        });
+        if let Some(out) = &self.out {
+            let values = logits.as_slice().expect("logits are contiguous");
+            let tensor = DenseTensor::from_f32(&[tokens, vocab_size], values);
+            quant::write_safetensors(out, &[("logits".to_owned(), tensor)], &BTreeMap::new())
+                .map_err(quant::Error::from)?;
+        }
+        let report = Report { ids, tokens, vocab_size, next, compute: self.compute.used() };
+        output.result(&report, || {
+            let mut table = Table::plain();
+            table.pair("tokens", tokens);
+            table.pair("vocabulary", vocab_size);
+            if let Some(next) = next {
+                table.pair("most probable next", next);
+            }
+            if let Some(out) = &self.out {
+                table.pair("written", out.display());
+            }
+            table.to_string()
+        })
+    }
+}

@@ -1,0 +1,157 @@
+//! Options that `quantize` and `plan` share.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use quant::{
+    CalibrationSource, ColumnOrder, Compat, GptqOptions, GroupSize, MethodOptions, NonFinite, QuantizeConfig,
+};
+use regex::Regex;
+
+use crate::failure::Failure;
+use crate::size;
+
+/// How to quantize.
+#[derive(Args)]
+pub(crate) struct QuantizeOptions {
+    /// Method; `quant list methods` tells them all
+    #[arg(long, short, default_value = "gptq", value_name = "NAME")]
+    method: String,
+    /// Bits per weight code
+    #[arg(long, short, default_value_t = 4)]
+    bits: u8,
+    /// Weights that share a scale; -1 or row for whole rows
+    #[arg(long, short, default_value = "128", value_name = "N", allow_hyphen_values = true)]
+    group_size: GroupSize,
+    /// Symmetric grids around zero [default for gptq]
+    #[arg(long, conflicts_with = "asym")]
+    sym: bool,
+    /// Grids with a zero point
+    #[arg(long)]
+    asym: bool,
+    /// Layout of the output [default: the method's own]; `quant list layouts`
+    #[arg(long, value_name = "LAYOUT")]
+    format: Option<String>,
+    /// Calibration text (.txt, .jsonl) or token ids (.npy) [default: a small built-in text]
+    #[arg(long, value_name = "FILE", help_heading = "Calibration")]
+    calibration: Option<PathBuf>,
+    /// Calibration samples at most
+    #[arg(long, default_value_t = 128, value_name = "N", help_heading = "Calibration")]
+    samples: usize,
+    /// Tokens per calibration sample
+    #[arg(long, default_value_t = 512, value_name = "N", help_heading = "Calibration")]
+    seq_len: usize,
+    /// Chooses among the samples of a long text
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Calibration")]
+    seed: u64,
+    /// Quantize only modules whose path matches; may be given again
+    #[arg(long, value_name = "REGEX")]
+    include: Vec<Regex>,
+    /// Leave modules whose path matches in float; may be given again
+    #[arg(long, value_name = "REGEX")]
+    exclude: Vec<Regex>,
+    /// Memory to stay below, such as 4GiB
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    max_memory: Option<u64>,
+    /// Largest output file
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "5GB")]
+    shard_size: u64,
+    /// What to do with weights that are NaN or infinite
+    #[arg(long, value_enum, default_value = "refuse")]
+    nan: Nan,
+    /// Round columns by activity; groups then need an index (GPTQ)
+    #[arg(long, conflicts_with = "act_group_aware", help_heading = "GPTQ")]
+    desc_act: bool,
+    /// Order groups by activity [default]
+    #[arg(long, overrides_with = "no_act_group_aware", help_heading = "GPTQ")]
+    act_group_aware: bool,
+    /// Round columns as stored
+    #[arg(long, help_heading = "GPTQ")]
+    no_act_group_aware: bool,
+    /// Fit all groups before the first column is rounded
+    #[arg(long, help_heading = "GPTQ")]
+    static_groups: bool,
+    /// Shrink ranges for the least error of this norm, such as 2.4
+    #[arg(long, value_name = "NORM", help_heading = "GPTQ")]
+    mse: Option<f32>,
+    /// Damping, as a fraction of the mean of the Hessian's diagonal
+    #[arg(long, default_value_t = GptqOptions::default().damp, value_name = "SHARE", help_heading = "GPTQ")]
+    damp: f64,
+    /// Columns per block of the lazy update
+    #[arg(long, default_value_t = GptqOptions::default().block_size, value_name = "N", help_heading = "GPTQ")]
+    block_size: usize,
+    /// Observe each layer behind the quantized layers before it in its block [default]
+    #[arg(long, overrides_with = "no_true_sequential", help_heading = "GPTQ")]
+    true_sequential: bool,
+    /// Observe all layers of a block before the first is quantized
+    #[arg(long, help_heading = "GPTQ")]
+    no_true_sequential: bool,
+    /// Reproduce the codes of another implementation
+    #[arg(long, value_enum, help_heading = "GPTQ")]
+    compat: Option<CompatName>,
+}
+
+/// What to do with NaN and infinity.
+#[derive(Clone, Copy, ValueEnum)]
+enum Nan {
+    /// Stop and name the first
+    Refuse,
+    /// Replace them with zero and count them
+    Zero,
+}
+
+/// Implementations that can be reproduced.
+#[derive(Clone, Copy, ValueEnum)]
+enum CompatName {
+    /// GPTQModel 7
+    Gptqmodel,
+}
+
+impl QuantizeOptions {
+    /// The configuration, checked as far as it can be without a model.
+    pub(crate) fn config(&self, overwrite: bool) -> Result<QuantizeConfig, Failure> {
+        let order = match (self.desc_act, self.no_act_group_aware) {
+            (true, _) => ColumnOrder::Activation,
+            (false, true) => ColumnOrder::Natural,
+            (false, false) => ColumnOrder::GroupAware,
+        };
+        let gptq = GptqOptions {
+            order,
+            static_groups: self.static_groups,
+            mse: self.mse,
+            damp: self.damp,
+            block_size: self.block_size,
+            compat: self.compat.map(|CompatName::Gptqmodel| Compat::GptqModel),
+            ..GptqOptions::default()
+        };
+        let symmetric = match (self.sym, self.asym) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        };
+        let config = QuantizeConfig {
+            bits: self.bits,
+            group: self.group_size,
+            symmetric,
+            options: MethodOptions { gptq, ..MethodOptions::default() },
+            layout: self.format.clone(),
+            calibration: self.calibration.clone().map_or(CalibrationSource::Builtin, CalibrationSource::File),
+            samples: self.samples,
+            seq_len: self.seq_len,
+            seed: self.seed,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            true_sequential: !self.no_true_sequential,
+            non_finite: match self.nan {
+                Nan::Refuse => NonFinite::Refuse,
+                Nan::Zero => NonFinite::Zero,
+            },
+            max_memory: self.max_memory,
+            shard_size: self.shard_size,
+            overwrite,
+            ..QuantizeConfig::new(&self.method)?
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}

@@ -1,0 +1,7 @@
+//! The program as its users see it: arguments in, files, text and exit codes out.
+
+mod bad_input;
+mod end_to_end;
+mod malformed;
+mod support;
+mod usage;
