@@ -28,6 +28,8 @@ pub struct Damped {
     pub damp: f64,
     /// The floor that was added first; normally 0.
     pub floor: f64,
+    /// What was added to the diagonal in all, where no element was below the floor.
+    pub added: f64,
     /// Factorizations that failed.
     pub retries: usize,
     /// The diagonal as it was, for [`restore`].
@@ -74,14 +76,15 @@ pub fn factor_damped(
                 restore(h.view_mut(), &diagonal);
             }
             h.diag_mut().iter_mut().zip(&diagonal).for_each(|(h, &d)| *h = raised(d) as f32);
-            let mean = mean_diagonal(h.view());
-            h.diag_mut().iter_mut().for_each(|h| *h += (damp * mean) as f32);
+            let added = damp * mean_diagonal(h.view());
+            h.diag_mut().iter_mut().for_each(|h| *h += added as f32);
             let factored = backend.reverse_factor(h.view_mut()).is_ok();
             retries += usize::from(!factored);
             factored
         };
         if let Some(damp) = least_damping(damping, &mut attempt) {
-            return Ok(Damped { damp, floor, retries, diagonal });
+            let mean = diagonal.iter().map(|&d| raised(d)).sum::<f64>() / diagonal.len().max(1) as f64;
+            return Ok(Damped { damp, floor, added: floor + damp * mean, retries, diagonal });
         }
         restore(h.view_mut(), &diagonal);
         if h.iter().any(|v| !v.is_finite()) {

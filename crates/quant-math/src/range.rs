@@ -30,7 +30,7 @@ pub enum ScaleRule {
     /// Rounded to f16 before zero point and codes are found, so that these are the best for what is stored. A scale
     /// below the least f16 becomes it (2^-24), one above the largest is an error.
     StoredF16,
-    /// As GPTQModel: f32, and a symmetric range with no negative weight stays `[0, a]`, which then clips the upper
+    /// As GPTQModel: f32 (but within what f16 can hold), and a symmetric range with no negative weight stays `[0, a]`, which then clips the upper
     /// half of it.
     GptqModel,
 }
@@ -102,14 +102,14 @@ impl GridFit {
     fn grid(&self, low: f32, high: f32) -> Result<Affine, f32> {
         let max = f32::from(self.max_code());
         let exact = (high - low) / max;
-        let scale = match self.scales {
-            ScaleRule::StoredF16 => f16::from_f32(exact).max(f16::MIN_POSITIVE_SUBNORMAL).to_f32(),
-            ScaleRule::GptqModel if exact == 0.0 => f32::MIN_POSITIVE,
-            ScaleRule::GptqModel => exact,
-        };
-        if !scale.is_finite() {
+        let stored = f16::from_f32(exact).max(f16::MIN_POSITIVE_SUBNORMAL);
+        if !stored.is_finite() {
             return Err(exact);
         }
+        let scale = match self.scales {
+            ScaleRule::StoredF16 => stored.to_f32(),
+            ScaleRule::GptqModel => exact.max(f32::MIN_POSITIVE),
+        };
         let zero = if self.symmetric {
             self.max_code() / 2 + 1
         } else {

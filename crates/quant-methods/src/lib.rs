@@ -1,11 +1,17 @@
 //! Quantization methods: from float weights and calibration statistics to quantized matrices.
 #![forbid(unsafe_code)]
 
+mod affine;
 pub mod gptq;
+mod order;
 pub mod quantizer;
+pub mod registry;
+pub mod rtn;
 
-pub use gptq::{ColumnOrder, Compat, GptqOptions};
+pub use gptq::{ColumnOrder, Compat, Gptq, GptqOptions};
 pub use quant_math::{Hessian, HessianSum};
 pub use quantizer::{
     Fallback, LayerReport, LayerStats, LayerWeights, Needs, QuantizeError, Quantized, Quantizer,
 };
+pub use registry::{METHODS, Method, MethodOptions, UnknownMethod, quantizer};
+pub use rtn::{Rtn, RtnOptions};

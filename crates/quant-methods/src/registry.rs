@@ -1,0 +1,66 @@
+//! The one list of methods.
+
+use crate::gptq::{Gptq, GptqOptions};
+use crate::quantizer::Quantizer;
+use crate::rtn::{Rtn, RtnOptions};
+
+/// Options of all methods; each takes its own.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MethodOptions {
+    /// Round to nearest.
+    pub rtn: RtnOptions,
+    /// GPTQ.
+    pub gptq: GptqOptions,
+}
+
+/// An entry of the registry.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    /// Name on the command line and in recipes.
+    pub name: &'static str,
+    /// Makes the quantizer with its options.
+    pub build: fn(&MethodOptions) -> Box<dyn Quantizer>,
+}
+
+/// Every method, in the order in which they are listed.
+pub const METHODS: &[Method] = &[
+    Method { name: "rtn", build: |o| Box::new(Rtn::new(o.rtn)) },
+    Method { name: "gptq", build: |o| Box::new(Gptq::new(o.gptq)) },
+];
+
+/// No method has this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown method {name:?}; known are {}", .known.join(", "))]
+pub struct UnknownMethod {
+    /// The name asked for.
+    pub name: String,
+    /// The names that exist.
+    pub known: Vec<&'static str>,
+}
+
+/// The method `name` with these options.
+pub fn quantizer(name: &str, options: &MethodOptions) -> Result<Box<dyn Quantizer>, UnknownMethod> {
+    match METHODS.iter().find(|method| method.name == name) {
+        Some(method) => Ok((method.build)(options)),
+        None => {
+            let known = METHODS.iter().map(|method| method.name).collect();
+            Err(UnknownMethod { name: name.to_owned(), known })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_quantizers() {
+        for method in METHODS {
+            let quantizer = quantizer(method.name, &MethodOptions::default()).unwrap();
+            assert_eq!(quantizer.name(), method.name);
+            quantizer.validate(&quantizer.default_spec()).unwrap();
+        }
+        let error = quantizer("gtpq", &MethodOptions::default()).err().unwrap();
+        assert_eq!(error.to_string(), "unknown method \"gtpq\"; known are rtn, gptq");
+    }
+}
