@@ -332,7 +332,7 @@ pub(crate) fn load_norm(
     Ok(Norm { kind, eps: spec.norm.eps, weight: read("weight")?, bias })
 }
 
-/// Compares the stored shape with the configuration before any weight is read.
+/// Compares what is stored with the configuration before any weight is read.
 fn check_linear(
     spec: &LinearSpec,
     module: &str,
@@ -340,6 +340,10 @@ fn check_linear(
     src: &dyn WeightSource,
 ) -> Result<(), ModelError> {
     let (out, inputs) = src.linear_shape(module)?;
+    let bias = format!("{module}.bias");
+    if spec.bias && !src.contains(&bias) {
+        return Err(WeightError::Missing { name: bias }.into());
+    }
     let fits = (out, inputs) == (spec.out_features, spec.in_features);
     // A dense Conv1D is stored transposed, a quantized one is not.
     if fits || conv1d && (inputs, out) == (spec.out_features, spec.in_features) {

@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
-use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
-use quant_kernels::{HalfView, matmul_nt, matmul_nt_half};
-
-use rayon::prelude::*;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, WeightError};
+use quant_kernels::{HalfView, PackError, PackedMatrix, matmul_nt, matmul_nt_half};
 
 use crate::error::ModelError;
 
@@ -31,7 +29,8 @@ pub fn linear(module: &str, weights: LinearWeights, conv1d: bool) -> Result<Box<
     match weights {
         LinearWeights::Dense { weight, bias } => {
             let weight = Arc::new(DenseMatrix::new(module, &weight, conv1d)?);
-            Ok(Box::new(DenseLinear::new(weight, read_bias(module, bias.as_ref())?)))
+            let bias = read_bias(module, bias.as_ref(), weight.dim().0)?;
+            Ok(Box::new(DenseLinear::new(weight, bias)))
         }
         LinearWeights::Quantized(layer) => Ok(Box::new(PackedLinear::new(module, *layer)?)),
     }
@@ -45,10 +44,14 @@ pub fn weight_f32(module: &str, weights: &LinearWeights, conv1d: bool) -> Result
     }
 }
 
-fn read_bias(module: &str, bias: Option<&DenseTensor>) -> Result<Option<Vec<f32>>, ModelError> {
+fn read_bias(module: &str, bias: Option<&DenseTensor>, rows: usize) -> Result<Option<Vec<f32>>, ModelError> {
     let Some(bias) = bias else { return Ok(None) };
-    let read = bias.to_f32();
-    Ok(Some(read.map_err(|source| WeightError::Tensor { name: format!("{module}.bias"), source })?))
+    let name = format!("{module}.bias");
+    if bias.shape() != [rows] {
+        let (expected, found) = (vec![rows], bias.shape().to_vec());
+        return Err(WeightError::Shape { name, expected, found, because: "its weight".to_owned() }.into());
+    }
+    Ok(Some(bias.to_f32().map_err(|source| WeightError::Tensor { name, source })?))
 }
 
 /// A dense matrix in the type of the checkpoint: 16-bit weights stay 16 bits wide in memory.
@@ -165,53 +168,45 @@ impl Linear for DenseLinear {
     }
 }
 
-/// A quantized linear layer.
+/// A quantized linear layer, with the bits of its dequantized twin.
 #[derive(Clone, Debug)]
 pub struct PackedLinear {
-    weight: QuantizedMatrix,
+    weight: PackedMatrix,
     bias: Option<Vec<f32>>,
 }
-
-/// Rows that are dequantized at a time.
-const PANEL_ROWS: usize = 64;
 
 impl PackedLinear {
     /// A layer ready to run. Fails on what no kernel here computes: quantized activations, low-rank corrections.
     pub fn new(module: &str, layer: QuantizedLinear) -> Result<Self, ModelError> {
-        let unsupported =
-            |reason: &str| ModelError::Unsupported { module: module.to_owned(), reason: reason.to_owned() };
+        let unsupported = |reason: String| ModelError::Unsupported { module: module.to_owned(), reason };
         if layer.input != ActSpec::Float {
-            return Err(unsupported(
-                "its inputs are quantized, which is not supported; use weight-only layouts",
-            ));
+            let reason = "its inputs are quantized, which is not supported; use a weight-only layout";
+            return Err(unsupported(reason.to_owned()));
         }
         if layer.low_rank.is_some() {
-            return Err(unsupported("it has a low-rank correction, which is not supported; merge it first"));
+            let reason = "it has a low-rank correction, which is not supported; merge it first";
+            return Err(unsupported(reason.to_owned()));
         }
-        let matrix = |source| WeightError::Matrix { name: module.to_owned(), source };
-        layer.weight.validate().map_err(matrix)?;
-        let bias = read_bias(module, layer.bias.as_ref())?;
-        Ok(Self { weight: layer.weight, bias })
+        let weight = PackedMatrix::pack(layer.weight).map_err(|error| match error {
+            PackError::Matrix(source) => WeightError::Matrix { name: module.to_owned(), source }.into(),
+            other => unsupported(other.to_string()),
+        })?;
+        let bias = read_bias(module, layer.bias.as_ref(), weight.shape().0)?;
+        Ok(Self { weight, bias })
     }
 }
 
 impl Linear for PackedLinear {
     fn shape(&self) -> (usize, usize) {
-        (self.weight.rows(), self.weight.cols())
+        self.weight.shape()
     }
 
     fn bytes(&self) -> usize {
-        self.weight.byte_len() + bias_bytes(self.bias.as_deref())
+        self.weight.bytes() + bias_bytes(self.bias.as_deref())
     }
 
     fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        let panels = out.axis_chunks_iter_mut(Axis(1), PANEL_ROWS).into_par_iter().enumerate();
-        panels.try_for_each(|(i, out)| {
-            let first = i * PANEL_ROWS;
-            let mut panel = Array2::zeros((out.ncols(), self.weight.cols()));
-            self.weight.dequantize_rows(first..first + out.ncols(), panel.view_mut());
-            matmul_nt(x, panel.view(), out)
-        })?;
+        self.weight.matmul(x, out.view_mut())?;
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }

@@ -87,6 +87,21 @@ fn prefixes_are_optional() {
 }
 
 #[test]
+fn biases_must_be_there_and_fit() {
+    let golden = Golden::open("base-qwen2");
+    let (config, src) = (config(golden.dir()), Tensors::read(golden.dir()));
+    let name = "model.layers.1.self_attn.k_proj.bias";
+    let mut without = src.clone();
+    without.0.remove(name);
+    let text = Decoder::load(&config, &without).err().unwrap().to_string();
+    assert!(text.contains(name) && text.contains("missing"), "{text}");
+    let mut short = src;
+    short.0.insert(name.to_owned(), quant_core::DenseTensor::from_f32(&[3], &[0.0; 3]));
+    let text = Decoder::load(&config, &short).err().unwrap().to_string();
+    assert!(text.contains(name) && text.contains("[64]") && text.contains("[3]"), "{text}");
+}
+
+#[test]
 fn memory_counts_a_tied_head_once() {
     let golden = Golden::open("base-llama");
     let model = Decoder::load(&config(golden.dir()), &Tensors::read(golden.dir())).unwrap();
