@@ -5,11 +5,12 @@ use std::path::Path;
 
 use ndarray::Array2;
 use quant_core::{DType, DenseTensor, WeightSource};
-use quant_formats::{Checkpoint, FormatError, PlannedTensor, Reader, SafetensorsWriter, check_tensor};
+use quant_formats::{Checkpoint, FormatError, PlannedTensor, SafetensorsWriter, check_tensor};
 use quant_model::ArchSpec;
 use serde::Serialize;
 
 use crate::error::Error;
+use crate::inspect::is_part;
 use crate::progress::Progress;
 
 /// What to write, and how.
@@ -62,7 +63,7 @@ pub fn dequantize(
     // In the float checkpoint the weights of GPT-2 are `[in, out]`.
     let conv1d = ArchSpec::from_config(checkpoint.config()).is_ok_and(|arch| arch.conv1d);
     let transposed = conv1d && !config.like_peer;
-    let items = select(items(&checkpoint, reader, transposed)?, config)?;
+    let items = select(items(&checkpoint, transposed)?, config)?;
 
     let plan: Vec<PlannedTensor> = items.iter().map(|item| item.plan.clone()).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -103,12 +104,11 @@ pub fn dequantize(
 }
 
 /// Every float tensor, and the weight of every quantized module.
-fn items(checkpoint: &Checkpoint, reader: Option<&dyn Reader>, transposed: bool) -> Result<Vec<Item>, Error> {
+fn items(checkpoint: &Checkpoint, transposed: bool) -> Result<Vec<Item>, Error> {
     let mut items = Vec::new();
     let modules: BTreeSet<&str> = checkpoint.quantized_modules().collect();
     for (name, info) in checkpoint.tensor_infos() {
-        let part_of = reader.and_then(|r| r.layout().module_of(name));
-        if info.dtype.is_float() && !part_of.is_some_and(|m| modules.contains(m)) {
+        if info.dtype.is_float() && !is_part(&modules, name) {
             items.push(Item { plan: PlannedTensor::new(name, DType::F32, &info.shape), module: None });
         }
     }

@@ -182,6 +182,12 @@ pub fn bits_per_weight(checkpoint: &Checkpoint) -> Result<f64, Error> {
     Ok(count(checkpoint)?.bits_per_weight())
 }
 
+/// True for everything below a quantized module but its bias: codes, scales, whatever the layout keeps there.
+pub(crate) fn is_part(modules: &BTreeSet<&str>, tensor: &str) -> bool {
+    let above = tensor.match_indices('.').map(|(dot, _)| tensor.split_at(dot));
+    above.filter(|(_, part)| *part != ".bias").any(|(module, _)| modules.contains(module))
+}
+
 #[derive(Default)]
 struct Count {
     parameters: u64,
@@ -212,13 +218,11 @@ fn count(checkpoint: &Checkpoint) -> Result<Count, Error> {
         }
     }
     for (name, info) in checkpoint.tensor_infos() {
-        let module = reader.and_then(|r| r.layout().module_of(name)).filter(|m| modules.contains(m));
-        match module {
-            Some(_) => count.bytes += info.byte_len(),
-            None => {
-                count.parameters += info.elements() as u64;
-                count.float_bytes += info.byte_len();
-            }
+        if is_part(&modules, name) {
+            count.bytes += info.byte_len();
+        } else {
+            count.parameters += info.elements() as u64;
+            count.float_bytes += info.byte_len();
         }
     }
     // Shapes were checked against the tensors' sizes, so the products fit.

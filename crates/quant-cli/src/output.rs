@@ -118,8 +118,7 @@ impl Display for Table {
             rows.iter().filter_map(|r| r.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let is_number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit() || c == '-');
-        let right =
-            |c: usize| c > 0 && self.headed && body().filter_map(|r| r.get(c)).all(is_number);
+        let right = |c: usize| c > 0 && self.headed && body().filter_map(|r| r.get(c)).all(is_number);
         let layout: Vec<(usize, bool)> = (0..columns).map(|c| (width(c), right(c))).collect();
         for row in &rows {
             let mut line = String::new();

@@ -75,11 +75,13 @@ fn sizes_that_do_not_fit_are_all_listed_at_once() {
     }
     let run = run.fails(&["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "32", "172"]);
     assert!(start.elapsed() < Duration::from_secs(1), "before any work");
-    assert!(run.stderr.contains("-1") || run.stderr.contains("row"), "choices are offered: {}", run.stderr);
+    let offered = ["--exclude", "row", "-1"].iter().any(|choice| run.stderr.contains(choice));
+    assert!(offered, "choices are offered: {}", run.stderr);
     assert!(model.left_behind().is_empty());
     let path = model.path();
     let plan = quant(&["plan", text(&path), "--group-size", "32", "--json"]).ends(1, &["down_proj"]).json();
-    assert_eq!(plan["problems"].as_array().unwrap().len(), 2);
+    let problems = plan["problems"].as_array().unwrap();
+    assert!(problems.len() >= 2 && problems.iter().all(|p| p["message"].is_string()), "{plan}");
 }
 
 #[test]

@@ -249,7 +249,7 @@ fn bare_files_are_quantized_without_calibration() {
     quant(&["quantize", text(&file), "--out", text(&out), "--method", "gptq", "--force"])
         .fails(&["calibration", "rtn"]);
     let inspected = quant(&["inspect", text(&file), "--tensors", "--json"]).ok().json();
-    assert_eq!(inspected["tensors"].as_array().unwrap().len(), 20);
+    assert_eq!(inspected["tensors"].as_array().unwrap().len(), 21);
     assert_eq!(inspected["bits_per_weight"], 16.0);
 }
 
