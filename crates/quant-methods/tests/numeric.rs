@@ -1,0 +1,103 @@
+//! Weights at the edges of f16 and f32: finite results, or an error that says where.
+
+use ndarray::{Array2, Ix2};
+use quant_core::{GroupSize, QuantSpec};
+use quant_methods::{
+    Hessian, LayerStats, LayerWeights, METHODS, MethodOptions, QuantizeError, Quantized, quantizer,
+};
+use quant_testkit::{Golden, fixtures_dir};
+
+fn weights(name: &str) -> Array2<f32> {
+    let file = fixtures_dir().join("malformed/numeric").join(format!("numeric-{name}.safetensors"));
+    let w = Golden::read(&file).f32("model.layers.0.self_attn.q_proj.weight");
+    w.into_dimensionality::<Ix2>().unwrap()
+}
+
+/// Mildly correlated inputs.
+fn hessian(k: usize) -> Hessian {
+    let matrix = Array2::from_shape_fn((k, k), |(i, j)| if i == j { 1.0 + i as f32 / k as f32 } else { 0.1 });
+    Hessian { matrix, rows: 100 }
+}
+
+/// Every method at several bits, groups and symmetries.
+fn quantize(name: &str) -> Vec<(String, Result<Quantized, QuantizeError>)> {
+    let w = weights(name);
+    let mut results = Vec::new();
+    for method in METHODS {
+        for (bits, group) in [(2, GroupSize::Columns(16)), (4, GroupSize::Columns(32)), (8, GroupSize::Row)] {
+            for symmetric in [true, false] {
+                for mse in [None, Some(2.4)] {
+                    let mut options = MethodOptions::default();
+                    (options.rtn.mse, options.gptq.mse) = (mse, mse);
+                    let quantizer = quantizer(method.name, &options).unwrap();
+                    let spec = QuantSpec { bits, group, symmetric, ..quantizer.default_spec() };
+                    let layers = vec![LayerWeights { w: w.clone(), spec }];
+                    let stats = LayerStats { hessian: Some(hessian(w.ncols())) };
+                    let result = quantizer.quantize(layers, stats).map(|mut all| all.remove(0));
+                    results.push((format!("{name} {} {spec:?} {mse:?}", method.name), result));
+                }
+            }
+        }
+    }
+    results
+}
+
+#[test]
+fn extreme_weights_give_finite_results() {
+    for name in ["all-zero", "constant", "zero-rows", "f16-max", "tiny-f32", "cols-33", "rows-0"] {
+        let w = weights(name);
+        for (case, result) in quantize(name) {
+            let Quantized { matrix, report } = result.unwrap_or_else(|e| panic!("{case}: {e}"));
+            matrix.validate().unwrap();
+            let scales = matrix.scales.to_vec();
+            assert!(scales.iter().all(|s| s.is_finite() && *s > 0.0), "{case}");
+            let back = matrix.dequantize();
+            assert_eq!(back.dim(), w.dim());
+            assert!(back.iter().all(|v| v.is_finite()) && report.rel_error.is_finite(), "{case}");
+            for (w, back) in w.rows().into_iter().zip(back.rows()) {
+                assert!(w.iter().any(|&w| w != 0.0) || back.iter().all(|&v| v == 0.0), "{case}: zeros stay");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_constant_is_kept() {
+    // One step of an asymmetric grid spans the range from zero to the constant, whose scale is stored in f16.
+    for (case, result) in
+        quantize("constant").into_iter().filter(|(case, _)| case.contains("symmetric: false"))
+    {
+        let back = result.unwrap().matrix.dequantize();
+        assert!(back.iter().all(|v| (v / 0.37 - 1.0).abs() < 1e-3), "{case}");
+    }
+}
+
+#[test]
+fn what_f16_scales_cannot_hold_is_located() {
+    let w = weights("outlier");
+    let (at, &worst) = w.indexed_iter().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs())).unwrap();
+    for (case, result) in quantize("outlier") {
+        match result.unwrap_err() {
+            QuantizeError::ScaleOverflow { layer: 0, row, col, value, .. } => {
+                assert_eq!(((row, col), value), (at, worst), "{case}");
+            }
+            other => panic!("{case}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_located() {
+    for (name, found) in [("nan-one", "NaN"), ("inf-one", "inf")] {
+        let w = weights(name);
+        let (at, _) = w.indexed_iter().find(|(_, w)| !w.is_finite()).unwrap();
+        for (case, result) in quantize(name) {
+            let error = result.unwrap_err();
+            assert!(
+                matches!(error, QuantizeError::NonFinite { layer: 0, row, col, .. } if (row, col) == at),
+                "{case}: {error}"
+            );
+            assert!(error.to_string().contains(&format!("[{}, {}] is {found}", at.0, at.1)), "{error}");
+        }
+    }
+}
