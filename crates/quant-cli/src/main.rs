@@ -13,6 +13,7 @@ mod size;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
 use clap::Parser;
 
@@ -69,13 +70,9 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { failure::USAGE } else { 0 });
         }
     };
-    // A panic is a defect. Its text goes where all errors go, once, and it ends like an error.
-    std::panic::set_hook(Box::new(|_| {}));
-    let result = catch_unwind(AssertUnwindSafe(|| cli.run()));
-    let failure = match result {
-        Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(failure)) => failure,
-        Err(panic) => Failure::Found(format!("internal error, please report it: {}", panic_text(&panic))),
+    let failure = match catch_panics(|| cli.run()) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(failure) => failure,
     };
     if !matches!(failure, Failure::Closed) {
         say(&escape(&format!("error: {failure}")));
@@ -83,8 +80,27 @@ fn main() -> ExitCode {
     ExitCode::from(failure.exit_code())
 }
 
-/// What a panic said.
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
+/// Runs `f`. A panic is a defect; it ends like an error, with one text that says where it was.
+fn catch_panics(f: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    static LAST: Mutex<String> = Mutex::new(String::new());
+    let last = || LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    // Libraries catch panics too, of code that reads foreign files; those are not shown.
+    std::panic::set_hook(Box::new(move |panic| *last() = panic.to_string()));
+    catch_unwind(AssertUnwindSafe(f))
+        .unwrap_or_else(|_| Err(Failure::Found(format!("internal error, please report it: {}", last()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_ends_like_an_error() {
+        let before = std::panic::take_hook();
+        let failure = catch_panics(|| panic!("the sky fell")).unwrap_err();
+        std::panic::set_hook(before);
+        assert_eq!(failure.exit_code(), failure::ERROR);
+        let text = failure.to_string();
+        assert!(text.contains("internal error") && text.contains("the sky fell") && text.contains("main.rs"));
+    }
 }

@@ -76,7 +76,8 @@ impl Phase {
         let share = self.done as f64 / self.units.max(1) as f64;
         let left = self.start.elapsed().as_secs_f64() * (1.0 - share) / share.max(1e-9);
         let (name, left) = (&self.name, show_seconds(left));
-        escape(&format!("{name}: {:.0}%, {left} left, {item}", 100.0 * share))
+        let item = if item.is_empty() { String::new() } else { format!(", {item}") };
+        escape(&format!("{name}: {:.0}%, {left} left{item}", 100.0 * share))
     }
 }
 
@@ -120,5 +121,6 @@ mod tests {
         let start = Instant::now() - Duration::from_secs(30);
         let phase = Phase { name: "quantizing".into(), start, last: start, done: 1, units: 4 };
         assert_eq!(phase.line("up_proj"), "quantizing: 25%, 1 min 30 s left, up_proj");
+        assert_eq!(phase.line(""), "quantizing: 25%, 1 min 30 s left");
     }
 }

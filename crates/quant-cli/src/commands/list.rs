@@ -77,15 +77,14 @@ impl List {
     }
 }
 
-/// Tables that do not depend on the machine.
+/// One table for documents, which does not depend on the machine.
 fn markdown(lists: &[(&str, Vec<Entry>)]) -> String {
-    let mut text = String::new();
-    for (name, entries) in lists {
-        text += &format!("| {name} | |\n| --- | --- |\n");
-        for entry in entries {
-            text += &format!("| `{}` | {} |\n", entry.name, entry.description);
+    let mut text = "| | name | what it is |\n| --- | --- | --- |\n".to_owned();
+    for (list, entries) in lists {
+        for (i, entry) in entries.iter().enumerate() {
+            let list = if i == 0 { *list } else { "" };
+            text += &format!("| {list} | `{}` | {} |\n", entry.name, entry.description);
         }
-        text.push('\n');
     }
     text
 }

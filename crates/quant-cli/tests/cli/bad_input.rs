@@ -60,6 +60,21 @@ fn non_finite_weights_are_refused_or_counted() {
     }
 }
 
+/// A norm so large that the inputs of a layer overflow: GPTQ has no statistics there, and says so.
+#[test]
+fn too_many_fallbacks_are_code_3() {
+    let model = f32_model();
+    poke(&model.weights(), "model.layers.0.input_layernorm.weight", 5, 3e38);
+    let out = model.beside("out");
+    let run =
+        model.quantize(&out, &["--json", "--exclude", r"layers\.1"]).ends(3, &["fell back", "max-fallbacks"]);
+    let done = run.json();
+    assert!(done["fallbacks"].as_u64().unwrap() >= 3, "{done}");
+    assert!(done["layers"][0]["fallback"].is_string(), "{done}");
+    quant(&["inspect", text(&out)]).ok();
+    model.quantize(&out, &["--exclude", r"layers\.1", "--max-fallbacks", "1", "--force"]).ok();
+}
+
 #[test]
 fn sizes_that_do_not_fit_are_all_listed_at_once() {
     // No group of 32 divides 172, the width of a well-known tiny model.

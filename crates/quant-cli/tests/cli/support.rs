@@ -78,6 +78,8 @@ pub(crate) fn quant_within(mib: u64, limit: Duration, args: &[&str]) -> Run {
     command
         .args(["-c", &format!("ulimit -v {}; exec \"$0\" \"$@\"", mib * 1024), QUANT])
         .args(args)
+        // Every thread reserves a stack.
+        .args(["--threads", "2"])
         .env("MALLOC_ARENA_MAX", "1");
     finish_within(&mut command, limit)
 }
