@@ -1,9 +1,13 @@
 //! Logits of tiny models against those of transformers.
 
 use crate::support::{Tensors, config, exact};
+use std::fs;
+use std::path::Path;
+
 use ndarray::{Array2, Ix2, s};
 use quant_model::{ArchSpec, Decoder};
 use quant_testkit::Golden;
+use serde_json::Value;
 
 /// Every architecture with a reference file.
 const MODELS: [&str; 5] = ["base-llama", "base-mistral", "base-qwen2", "base-qwen3", "base-gpt2"];
@@ -13,26 +17,49 @@ fn max_difference(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
 }
 
 /// The bound is the reference's own rounding error. Both programs evaluate the same formula in f32, with sums of the
-/// same lengths, so that their errors against f64 have one distribution; the largest of 12 000 errors of one may
+/// same lengths, so that their errors against f64 have one distribution; the largest of thousands of errors of one may
 /// exceed that of the other, for which a factor of four is allowed. A wrong formula is off by orders of magnitude: in
 /// these files the largest error is near 1e-6 of the scale.
+fn assert_as_exact_as(reference: &Array2<f64>, name: &str, config: &Value, src: &Tensors, ids: &[u32]) {
+    let spec = ArchSpec::from_config(config).unwrap();
+    let exact = exact::logits(&spec, src, ids);
+    let ours = Decoder::load(config, src).unwrap().logits(ids).unwrap().mapv(f64::from);
+    let scale = exact.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    let (theirs, error) = (max_difference(reference, &exact), max_difference(&ours, &exact));
+    eprintln!("{name}: scale {scale:.2}, error {error:.1e}, of the reference {theirs:.1e}");
+    assert!(theirs < 1e-5 * scale, "{name}: the f64 pass is another formula ({theirs:.1e})");
+    assert!(error < 4.0 * theirs, "{name}: {error:.3e} against {theirs:.3e}");
+}
+
+fn logits(golden: &Golden, name: &str) -> Array2<f64> {
+    golden.f32(name).into_dimensionality::<Ix2>().unwrap().mapv(f64::from)
+}
+
 #[test]
 fn logits_are_as_exact_as_the_reference() {
     for name in MODELS {
         let golden = Golden::open(name);
-        let (src, config) = (Tensors::read(golden.dir()), config(golden.dir()));
+        let (config, src) = (config(golden.dir()), Tensors::read(golden.dir()));
         let ids = golden.ids("input_ids");
-        let spec = ArchSpec::from_config(&config).unwrap();
-        let exact = exact::logits(&spec, &src, &ids);
-        let reference = golden.f32("logits").into_dimensionality::<Ix2>().unwrap().mapv(f64::from);
-        let ours = Decoder::load(&config, &src).unwrap().logits(&ids).unwrap().mapv(f64::from);
+        assert_as_exact_as(&logits(&golden, "logits"), name, &config, &src, &ids);
+    }
+}
 
-        let scale = exact.iter().fold(0.0f64, |max, x| max.max(x.abs()));
-        let (theirs, error) = (max_difference(&reference, &exact), max_difference(&ours, &exact));
-        eprintln!("{name}: scale {scale:.2}, error {error:.1e}, of the reference {theirs:.1e}");
-        assert!(theirs < 1e-5 * scale, "{name}: the f64 pass is another formula");
-        assert!(error < 4.0 * theirs, "{name}: {error:.3e} against {theirs:.3e}");
-        assert!(max_difference(&ours, &reference) < 1e-4 * scale, "{name}");
+/// Every option of a configuration that changes the forward pass, each in a tiny model
+/// (`tests/data/make_variants.py`).
+#[test]
+fn variants_of_every_architecture_too() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let golden = Golden::read(&data.join("variants.safetensors"));
+    let all = Tensors::read(&data.join("variants.safetensors"));
+    let meta: Value = serde_json::from_slice(&fs::read(data.join("variants.json")).unwrap()).unwrap();
+    let configs = meta["configs"].as_object().unwrap();
+    assert_eq!(configs.len(), 15);
+    for (name, config) in configs {
+        let own = all.0.iter().filter_map(|(key, t)| Some((key.strip_prefix(name)?.strip_prefix('/')?, t)));
+        let src = Tensors(own.map(|(key, tensor)| (key.to_owned(), tensor.clone())).collect());
+        let ids = golden.ids(&format!("{name}/input_ids"));
+        assert_as_exact_as(&logits(&golden, &format!("{name}/logits")), name, config, &src, &ids);
     }
 }
 

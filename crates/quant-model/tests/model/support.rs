@@ -15,9 +15,10 @@ use serde_json::Value;
 pub(crate) struct Tensors(pub(crate) HashMap<String, DenseTensor>);
 
 impl Tensors {
-    /// Reads `model.safetensors` of a folder.
-    pub(crate) fn read(dir: &Path) -> Self {
-        let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    /// Reads a safetensors file, or `model.safetensors` of a folder.
+    pub(crate) fn read(path: &Path) -> Self {
+        let file = if path.is_dir() { path.join("model.safetensors") } else { path.to_owned() };
+        let bytes = fs::read(file).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let tensors = file.iter().map(|(name, view)| {
             let dtype = DType::from_name(&view.dtype().to_string()).unwrap();

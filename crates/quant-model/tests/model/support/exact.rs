@@ -114,7 +114,7 @@ impl Model<'_> {
                         let angle = p as f64 * f64::from(inv[i % (d / 2)]);
                         let (a, b) = (x[[p, i]], x[[p, (i + d / 2) % d]]);
                         let b = if i < d / 2 { -b } else { b };
-                        a * libm::cos(angle) + b * libm::sin(angle)
+                        (a * libm::cos(angle) + b * libm::sin(angle)) * f64::from(rope.attention_factor())
                     })
                 }
                 _ => x,
