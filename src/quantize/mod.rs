@@ -48,6 +48,10 @@ pub fn quantize(
 ) -> Result<Summary, Error> {
     let start = Instant::now();
     let job = Job::prepare(Checkpoint::open(model)?, config)?;
+    if !job.problems.is_empty() {
+        // Before a calibration text is read, which may be long.
+        return Err(Error::Problems(job.problems));
+    }
     let calibration = match job.quantizer.needs() {
         Needs::None => None,
         Needs::Hessian => Some(job.calibration(progress)?),

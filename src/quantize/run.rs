@@ -1,7 +1,5 @@
 //! The work itself: every layer read, quantized, written and dropped.
 
-use std::path::PathBuf;
-
 use ndarray::{Array2, ArrayView2};
 use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError, WeightSource};
 use quant_formats::CheckpointWriter;
@@ -206,6 +204,6 @@ fn to_f32(tensor: &DenseTensor, name: &str) -> Result<Vec<f32>, Error> {
 impl From<std::io::Error> for Error {
     /// Only the temporary files of spilled activations are read and written without a name at hand.
     fn from(source: std::io::Error) -> Self {
-        Error::io(PathBuf::from(std::env::temp_dir()), source)
+        Error::io(std::env::temp_dir(), source)
     }
 }
