@@ -2,7 +2,8 @@
 //!
 //! - [`isa`] finds out what the processor can do;
 //! - [`dense`] multiplies matrices;
-//! - [`packed`] multiplies by quantized matrices.
+//! - [`packed`] multiplies by quantized matrices;
+//! - [`vec`] normalises, activates, converts rows.
 //!
 //! Every function gives the same bits on every instruction set and for every number of threads. Work is split
 //! over the current rayon pool.
@@ -13,6 +14,7 @@ pub mod isa;
 pub mod packed;
 pub mod roof;
 mod simd;
+pub mod vec;
 
 pub use dense::{
     HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,
