@@ -77,7 +77,7 @@ fn features_of_any_scale_are_factored_alike() {
     // relative to each feature's own scale.
     let n = 200;
     let mut h = positive_definite(n, 400, 0.05, 7);
-    let scale = |i: usize| if i % 37 == 0 { 1e3f32 } else { 1.0 };
+    let scale = |i: usize| if i.is_multiple_of(37) { 1e3f32 } else { 1.0 };
     h.indexed_iter_mut().for_each(|((i, j), v)| *v *= scale(i) * scale(j));
     let mut r = h.clone();
     Blocked.reverse_factor(r.view_mut()).unwrap();

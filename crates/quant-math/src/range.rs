@@ -67,8 +67,15 @@ impl GridFit {
         let Some(norm) = self.mse else { return Ok(best) };
         // Relative to the range, so that no power under- or overflows.
         let unit = 1.0 / (high - low);
-        let error = |grid: Affine| -> f32 {
-            w.iter().map(|&w| power((grid.round(max, w) - w).abs() * unit, norm)).sum()
+        let error = |grid: Affine| {
+            let of = |w: f32| power((grid.round(max, w) - w).abs() * unit, norm);
+            // Eight sums, for vectors of up to eight: one sum is a chain of additions, each waiting for the last.
+            let (eights, rest) = w.as_chunks::<8>();
+            let mut sums = [0.0f32; 8];
+            for eight in eights {
+                sums.iter_mut().zip(eight).for_each(|(sum, &w)| *sum += of(w));
+            }
+            sums.iter().sum::<f32>() + rest.iter().map(|&w| of(w)).sum::<f32>()
         };
         let mut least = f32::INFINITY;
         for step in 0..SHRINK_STEPS {
