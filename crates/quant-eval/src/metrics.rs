@@ -1,6 +1,7 @@
 //! What one position of a text says about a model, in f64.
 
-use libm::{exp, log};
+use libm::exp;
+use quant_kernels::vec::log_sum_exp;
 
 /// The score of one position.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,13 +44,6 @@ pub fn score(logits: &[f32], reference: Option<&[f32]>, next: usize) -> Position
     Position { nll: normalizer - f64::from(logits[next]), divergence }
 }
 
-/// `ln(sum(exp(x)))`.
-fn log_sum_exp(x: &[f32]) -> f64 {
-    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let max = f64::from(max);
-    max + log(x.iter().map(|&x| exp(f64::from(x) - max)).sum())
-}
-
 /// The first of the largest.
 fn top(x: &[f32]) -> usize {
     (0..x.len()).fold(0, |best, i| if x[i] > x[best] { i } else { best })
@@ -68,7 +62,7 @@ mod tests {
     use super::*;
 
     fn logs(p: &[f64]) -> Vec<f32> {
-        p.iter().map(|&p| log(p) as f32).collect()
+        p.iter().map(|&p| libm::log(p) as f32).collect()
     }
 
     /// Logits in f32 carry a relative error of 2^-24 of their size.

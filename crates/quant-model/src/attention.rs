@@ -2,11 +2,10 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use quant_kernels::dense::KC;
-use quant_kernels::{gemm_nt, matmul_nn};
+use quant_kernels::{gemm_nt, matmul_nn, vec::softmax};
 use rayon::prelude::*;
 
 use crate::error::ModelError;
-use crate::ops;
 
 /// Queries that are handled together.
 const BLOCK: usize = 64;
@@ -62,9 +61,7 @@ impl Attention {
                     let start =
                         self.window.map_or(0, |w| (end + from).saturating_sub(w).saturating_sub(from));
                     let row = row.as_slice_mut().expect("scores are in standard order");
-                    row[..start].fill(f32::NEG_INFINITY);
-                    ops::softmax(&mut row[..end]);
-                    row[end..].fill(0.0);
+                    softmax(row, start..end)?;
                 }
                 Ok(matmul_nn(1.0, scores.view(), v, 0.0, out)?)
             })

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, Axis, Slice};
 use quant_core::{WeightError, WeightSource};
+use quant_kernels::vec;
 use rayon::prelude::*;
 
-use crate::arch::{ArchSpec, LinearSpec, NormKind, PositionSpec, StageKind};
+use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, PositionSpec, StageKind};
 use crate::attention::Attention;
 use crate::error::ModelError;
 use crate::kv::LayerCache;
 use crate::linear::{Linear, linear};
-use crate::ops::{self, Norm};
+use crate::norm::Norm;
 use crate::rope::RopeTable;
 
 /// Rows of activations as sequences of equal length, one after the other, all at the same positions.
@@ -178,7 +179,7 @@ impl Block {
 
     /// Input of the first stage for the residual stream `x`: `[t, hidden]`.
     pub fn begin(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
-        normed(&self.attention_norm, x)
+        self.attention_norm.forward(x)
     }
 
     /// Runs one stage: its linears on `input` and what follows them. `x`: `[t, hidden]` is the residual stream, to
@@ -198,7 +199,7 @@ impl Block {
             StageKind::Qkv => self.attend(y, sequences, cache),
             StageKind::AttentionOut => {
                 *x += &y;
-                Ok(normed(&self.mlp_norm, x.view()))
+                Ok(self.mlp_norm.forward(x.view()))
             }
             StageKind::MlpIn => Ok(activated(&self.spec, y)),
             StageKind::MlpOut => {
@@ -274,29 +275,29 @@ impl Block {
     /// Norm and rotation of the query and key heads.
     fn place(&self, qkv: &mut Array2<f32>, sequences: &Sequences) {
         let (q_size, kv_size, dim) = (self.spec.q_size(), self.spec.kv_size(), self.spec.head_dim);
+        if self.qk_norm.is_none() && sequences.rope.is_none() {
+            return;
+        }
         qkv.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(r, mut row)| {
+            let mut normed = vec![0.0; dim];
             let row = row.as_slice_mut().expect("rows are contiguous");
             let (q, kv) = row.split_at_mut(q_size);
             for (which, heads) in [q, &mut kv[..kv_size]].into_iter().enumerate() {
                 for head in heads.chunks_exact_mut(dim) {
                     if let Some(norms) = &self.qk_norm {
-                        norms[which].row(head);
+                        norms[which].row(head, &mut normed);
+                        head.copy_from_slice(&normed);
                     }
                     if let Some(rope) = &sequences.rope {
                         let t = r % sequences.len;
                         let (cos, sin) = (rope.cos.row(t), rope.sin.row(t));
-                        ops::rotate(head, cos.to_slice().expect("a row"), sin.to_slice().expect("a row"));
+                        let (cos, sin) = (cos.to_slice().expect("a row"), sin.to_slice().expect("a row"));
+                        vec::rope(head, cos, sin).expect("an angle per pair");
                     }
                 }
             }
         });
     }
-}
-
-fn normed(norm: &Norm, x: ArrayView2<'_, f32>) -> Array2<f32> {
-    let mut out = Array2::zeros(x.dim());
-    norm.forward(x, out.view_mut());
-    out
 }
 
 /// `y`: `[t, gate | up]`, or without a gate `[t, intermediate]`, to `[t, intermediate]`.
@@ -305,7 +306,13 @@ fn activated(spec: &ArchSpec, mut y: Array2<f32>) -> Array2<f32> {
     y.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
         let row = row.as_slice_mut().expect("rows are contiguous");
         let (first, up) = row.split_at_mut(inner);
-        ops::activate(spec.activation, first);
+        match (spec.activation, spec.gated) {
+            (Activation::Silu, true) => return vec::silu_mul(first, up).expect("halves are equal"),
+            (Activation::Silu, false) => vec::silu(first),
+            (Activation::Gelu, _) => vec::gelu_erf(first),
+            (Activation::GeluTanh, _) => vec::gelu_tanh(first),
+            (Activation::Relu, _) => vec::relu(first),
+        }
         first.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up);
     });
     if spec.gated { y.slice_axis(Axis(1), Slice::from(..inner)).to_owned() } else { y }

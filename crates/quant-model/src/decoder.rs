@@ -11,7 +11,7 @@ use crate::block::{Block, Sequences, load_norm};
 use crate::error::{ConfigError, ModelError};
 use crate::kv::KvCache;
 use crate::linear::{DenseLinear, DenseMatrix, Linear, linear};
-use crate::ops::Norm;
+use crate::norm::Norm;
 
 /// Positions of a text that run through the blocks together. Longer texts go through the cache in pieces, which
 /// bounds memory and changes no bit.
@@ -110,9 +110,7 @@ impl Head {
 
     /// Logits of rows that left the last block. `x`: `[t, hidden]`, `out`: `[t, vocab]`.
     pub fn logits(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        let mut normed = Array2::zeros(x.dim());
-        self.norm.forward(x, normed.view_mut());
-        self.linear.forward(normed.view(), out)
+        self.linear.forward(self.norm.forward(x).view(), out)
     }
 }
 

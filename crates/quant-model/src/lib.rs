@@ -34,7 +34,7 @@ mod error;
 mod generate;
 mod kv;
 mod linear;
-mod ops;
+mod norm;
 mod rope;
 mod sample;
 mod tokenizer;
