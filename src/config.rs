@@ -29,7 +29,7 @@ pub enum NonFinite {
 /// ```
 #[derive(Clone, Debug)]
 pub struct QuantizeConfig {
-    /// Name of the method; see [`crate::methods`].
+    /// Name of the method; see [`crate::registry::methods`].
     pub method: String,
     /// Bits per code.
     pub bits: u8,
