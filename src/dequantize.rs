@@ -1,6 +1,6 @@
 //! A checkpoint's weights in f32.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use ndarray::Array2;
@@ -10,7 +10,6 @@ use quant_model::ArchSpec;
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::inspect::is_part;
 use crate::progress::Progress;
 
 /// What to write, and how.
@@ -106,13 +105,12 @@ pub fn dequantize(
 /// Every float tensor, and the weight of every quantized module.
 fn items(checkpoint: &Checkpoint, transposed: bool) -> Result<Vec<Item>, Error> {
     let mut items = Vec::new();
-    let modules: BTreeSet<&str> = checkpoint.quantized_modules().collect();
     for (name, info) in checkpoint.tensor_infos() {
-        if info.dtype.is_float() && !is_part(&modules, name) {
+        if info.dtype.is_float() && checkpoint.part_of(name).is_none() {
             items.push(Item { plan: PlannedTensor::new(name, DType::F32, &info.shape), module: None });
         }
     }
-    for module in modules {
+    for module in checkpoint.quantized_modules() {
         let (rows, cols) = checkpoint.linear_shape(module)?;
         let shape = if transposed { [cols, rows] } else { [rows, cols] };
         let plan = PlannedTensor::new(format!("{module}.weight"), DType::F32, &shape);

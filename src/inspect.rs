@@ -1,6 +1,5 @@
 //! What a checkpoint is, from its headers alone.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use quant_core::QuantSpec;
@@ -182,12 +181,6 @@ pub fn bits_per_weight(checkpoint: &Checkpoint) -> Result<f64, Error> {
     Ok(count(checkpoint)?.bits_per_weight())
 }
 
-/// True for everything below a quantized module but its bias: codes, scales, whatever the layout keeps there.
-pub(crate) fn is_part(modules: &BTreeSet<&str>, tensor: &str) -> bool {
-    let above = tensor.match_indices('.').map(|(dot, _)| tensor.split_at(dot));
-    above.filter(|(_, part)| *part != ".bias").any(|(module, _)| modules.contains(module))
-}
-
 #[derive(Default)]
 struct Count {
     parameters: u64,
@@ -210,23 +203,22 @@ impl Count {
 fn count(checkpoint: &Checkpoint) -> Result<Count, Error> {
     let mut count = Count::default();
     let reader = checkpoint.reader()?;
-    let modules: BTreeSet<&str> = checkpoint.quantized_modules().collect();
-    let mut shapes = BTreeMap::new();
     if let Some(reader) = reader {
-        for module in &modules {
-            shapes.insert(*module, reader.shape(checkpoint, module)?);
+        for module in checkpoint.quantized_modules() {
+            let (rows, cols) = reader.shape(checkpoint, module)?;
+            // Shapes were checked against the tensors' sizes, so the products fit.
+            count.weights += rows as u64 * cols as u64;
         }
     }
     for (name, info) in checkpoint.tensor_infos() {
-        if is_part(&modules, name) {
-            count.bytes += info.byte_len();
-        } else {
-            count.parameters += info.elements() as u64;
-            count.float_bytes += info.byte_len();
+        match checkpoint.part_of(name) {
+            Some(_) => count.bytes += info.byte_len(),
+            None => {
+                count.parameters += info.elements() as u64;
+                count.float_bytes += info.byte_len();
+            }
         }
     }
-    // Shapes were checked against the tensors' sizes, so the products fit.
-    count.weights = shapes.values().map(|&(rows, cols)| (rows as u64).saturating_mul(cols as u64)).sum();
     count.parameters += count.weights;
     Ok(count)
 }

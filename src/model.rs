@@ -6,9 +6,7 @@ use std::sync::OnceLock;
 
 use ndarray::Array2;
 use quant_formats::{Checkpoint, resolve_model};
-use quant_model::{
-    Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate,
-};
+use quant_model::{Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate};
 
 use crate::error::Error;
 

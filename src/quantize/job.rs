@@ -102,7 +102,8 @@ impl<'a> Job<'a> {
                 }
             }
             None => {
-                let floats = self.source.tensor_infos().filter(|(_, t)| t.shape.len() == 2 && t.dtype.is_float());
+                let floats =
+                    self.source.tensor_infos().filter(|(_, t)| t.shape.len() == 2 && t.dtype.is_float());
                 for (name, tensor) in floats {
                     let shape = (tensor.shape[0], tensor.shape[1]);
                     let module = name.strip_suffix(".weight").unwrap_or(name).to_owned();
@@ -140,10 +141,15 @@ impl<'a> Job<'a> {
     }
 
     fn find_carried(&mut self) {
-        let replaced: HashSet<&str> =
-            self.targets.iter().flat_map(|t| [Some(t.weight.as_str()), t.bias.as_deref()]).flatten().collect();
+        let replaced: HashSet<&str> = self
+            .targets
+            .iter()
+            .flat_map(|t| [Some(t.weight.as_str()), t.bias.as_deref()])
+            .flatten()
+            .collect();
         let carried = self.source.tensor_infos().filter(|(name, _)| !replaced.contains(name));
-        self.carried = carried.map(|(name, info)| PlannedTensor::new(name, info.dtype, &info.shape)).collect();
+        self.carried =
+            carried.map(|(name, info)| PlannedTensor::new(name, info.dtype, &info.shape)).collect();
     }
 
     /// All tensors of the output.

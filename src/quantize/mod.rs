@@ -175,7 +175,8 @@ impl Job<'_> {
         let Some(shape) = calibrated else {
             return (self.memory_without_calibration(), Spill::STEPS[0]);
         };
-        let peak = |spill| self.carried_peak().max(shape.peak(self.quantizer.as_ref(), &self.spec, spill) as u64);
+        let peak =
+            |spill| self.carried_peak().max(shape.peak(self.quantizer.as_ref(), &self.spec, spill) as u64);
         let fits = |spill: &&Spill| self.config.max_memory.is_none_or(|limit| peak(**spill) <= limit);
         let spill = *Spill::STEPS.iter().find(fits).unwrap_or(&Spill::STEPS[2]);
         (peak(spill), spill)
@@ -199,9 +200,7 @@ impl Job<'_> {
 fn from_ids(samples: Vec<Vec<u32>>) -> Result<Calibration, Error> {
     let seq_len = samples.first().map_or(0, Vec::len);
     match samples.iter().position(|s| s.len() != seq_len || s.is_empty()) {
-        Some(sample) => {
-            Err(Error::SampleLength { sample, expected: seq_len, found: samples[sample].len() })
-        }
+        Some(sample) => Err(Error::SampleLength { sample, expected: seq_len, found: samples[sample].len() }),
         None if samples.is_empty() => Err(Error::SampleLength { sample: 0, expected: 1, found: 0 }),
         None => Ok(Calibration { samples, seq_len }),
     }

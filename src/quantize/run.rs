@@ -87,7 +87,11 @@ impl Run<'_> {
                 let mut output = store(next, spill.inputs)?;
                 if kept.is_some() {
                     let slots = arch.slots(stage);
-                    pass.set(slots.map(|slot| Ok((slot, self.float_linear(&pass, slot)?))).collect::<Result<_, Error>>()?)?;
+                    pass.set(
+                        slots
+                            .map(|slot| Ok((slot, self.float_linear(&pass, slot)?)))
+                            .collect::<Result<_, Error>>()?,
+                    )?;
                     pass.advance(stage, &mut input, &mut output)?;
                     pass.clear(stage);
                     solved.extend(quantized);
@@ -116,7 +120,12 @@ impl Run<'_> {
     }
 
     /// Quantizes the linears of a stage on their common input; those not selected are read as they are.
-    fn solve_stage(&mut self, pass: &Pass<'_>, stage: usize, input: &mut Activations) -> Result<Slots, Error> {
+    fn solve_stage(
+        &mut self,
+        pass: &Pass<'_>,
+        stage: usize,
+        input: &mut Activations,
+    ) -> Result<Slots, Error> {
         let (job, arch) = (self.job, pass.arch());
         let (mut slots, mut targets, mut linears) = (Vec::new(), Vec::new(), Vec::new());
         for slot in arch.slots(stage) {
@@ -134,7 +143,9 @@ impl Run<'_> {
         let hessian = match job.quantizer.needs() {
             Needs::Hessian => {
                 let mut sum = HessianSum::new(arch.stages[stage].linears[0].in_features);
-                pass.each_chunk(input, |x: ArrayView2<'_, f32>| Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?))?;
+                pass.each_chunk(input, |x: ArrayView2<'_, f32>| {
+                    Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?)
+                })?;
                 Some(sum)
             }
             Needs::None => None,
@@ -152,7 +163,11 @@ impl Run<'_> {
     }
 
     /// Reads, quantizes and writes linears that share an input.
-    fn quantize(&mut self, targets: &[&Target], hessian: Option<HessianSum>) -> Result<Vec<QuantizedLinear>, Error> {
+    fn quantize(
+        &mut self,
+        targets: &[&Target],
+        hessian: Option<HessianSum>,
+    ) -> Result<Vec<QuantizedLinear>, Error> {
         let mut layers = Vec::with_capacity(targets.len());
         for target in targets {
             layers.push(LayerWeights { w: self.read_weight(target)?, spec: self.job.spec });
@@ -188,7 +203,8 @@ impl Run<'_> {
             }
         }
         let (rows, cols) = (target.rows, target.cols);
-        let shaped = |dim| Array2::from_shape_vec(dim, values).expect("the shape was checked with the header");
+        let shaped =
+            |dim| Array2::from_shape_vec(dim, values).expect("the shape was checked with the header");
         Ok(match target.transposed {
             true => shaped((cols, rows)).reversed_axes().as_standard_layout().into_owned(),
             false => shaped((rows, cols)),

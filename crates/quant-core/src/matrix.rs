@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayViewMut2};
 
 use crate::codes::Codes;
-use crate::dtype::DenseTensor;
+use crate::dtype::{DType, DenseTensor};
 use crate::error::MatrixError;
 use crate::grid::Grid;
 use crate::groups::Groups;
@@ -43,6 +43,9 @@ pub struct QuantizedMatrix {
     pub input_perm: Option<Permutation>,
     /// Columns kept in 16 bits (LLM.int8 and its like).
     pub outliers: Option<Outliers>,
+    /// Type that the weights had and that their library decodes them to, where the file records it
+    /// (bitsandbytes). No part of the formula.
+    pub dtype: Option<DType>,
 }
 
 /// What is added to `scale * grid(code)`.
@@ -142,6 +145,7 @@ impl QuantizedMatrix {
             col_scale: None,
             input_perm: None,
             outliers: None,
+            dtype: None,
         }
     }
 
@@ -267,8 +271,9 @@ impl QuantizedMatrix {
                     let zero = zero + *midpoint as f32;
                     run.for_each(|(&code, w)| *w = (f32::from(code) - zero) * scale);
                 }
-                (grid, shift) => {
-                    let shift = shift.unwrap_or(0.0);
+                // Without a sum: it would turn -0 into 0.
+                (grid, None) => run.for_each(|(&code, w)| *w = (grid.value(code) - zero) * scale),
+                (grid, Some(shift)) => {
                     run.for_each(|(&code, w)| *w = (grid.value(code) - zero) * scale + shift);
                 }
             }

@@ -64,6 +64,7 @@ fn any_matrix() -> impl Strategy<Value = QuantizedMatrix> {
                         col_scale,
                         input_perm: perm.map(|p| Permutation::new(p).unwrap()),
                         outliers,
+                        dtype: None,
                     }
                 },
             )

@@ -217,7 +217,8 @@ impl Checkpoint {
         };
         let Some((layout, config)) = detected else { return Ok(None) };
         let reader = layout.reader(&config)?;
-        self.modules = self.tensors.keys().filter_map(|n| layout.module_of(n)).map(str::to_owned).collect();
+        let modules = self.tensor_infos().filter_map(|(name, info)| layout.module_of(name, info.dtype));
+        self.modules = modules.map(str::to_owned).collect();
         if self.modules.is_empty() {
             let example = self.example_linear().unwrap_or_default();
             return Err(FormatError::NotQuantized { layout: layout.id(), marker: layout.marker(), example });
@@ -291,6 +292,14 @@ impl Checkpoint {
         self.modules.iter().map(String::as_str)
     }
 
+    /// The quantized module that a tensor is a part of: codes, scales, whatever its layout keeps below the module's
+    /// name, but not the bias.
+    pub fn part_of<'a>(&self, tensor: &'a str) -> Option<&'a str> {
+        let above = tensor.match_indices('.').map(|(dot, _)| tensor.split_at(dot));
+        let mut owners = above.filter(|(module, part)| *part != ".bias" && self.modules.contains(*module));
+        owners.next().map(|(module, _)| module)
+    }
+
     /// Reads a quantized layer and checks that its scales are finite. `None` if the module is not quantized.
     pub fn quantized_linear(&self, module: &str) -> Result<Option<QuantizedLinear>, FormatError> {
         let Some(reader) = self.reader()?.filter(|_| self.modules.contains(module)) else { return Ok(None) };
@@ -328,6 +337,10 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str) -> Result<DenseTensor, FormatError> {
         self.tensor(name)
+    }
+
+    fn model_config(&self) -> &Value {
+        &self.config
     }
 }
 

@@ -132,13 +132,13 @@ fn by_tensors<'a>(
         if let Some(family) = FAMILIES.iter().find(|f| f.suffixes.iter().any(|s| name.ends_with(s))) {
             return Err(not_yet(family.id, format!("tensor {}", crate::display_name(name))));
         }
+        let known = |layout: &&&'static dyn Layout| layout.known_by().iter().any(|end| name.ends_with(end));
+        if let Some(layout) = layout::layouts().iter().find(known) {
+            return Ok(Some((*layout, config)));
+        }
         match name.rsplit_once('.') {
             Some((_, "qweight")) if dtype == DType::I16 => {
                 return Err(not_yet("awq", format!("tensor {} of I16", crate::display_name(name))));
-            }
-            Some((_, "g_idx")) => {
-                let gptq = layout::layouts().iter().find(|l| l.module_of(name).is_some());
-                return Ok(gptq.map(|l| (*l, config)));
             }
             Some((_, "qweight")) => packed = true,
             _ => {}

@@ -51,6 +51,11 @@ pub trait TensorSource: Sync {
 
     /// A whole tensor.
     fn read(&self, name: &str) -> Result<DenseTensor, FormatError>;
+
+    /// The model's `config.json`, `null` where there is none: some layouts leave shapes to it.
+    fn model_config(&self) -> &Value {
+        &Value::Null
+    }
 }
 
 impl TensorSource for BTreeMap<String, DenseTensor> {
@@ -81,8 +86,14 @@ pub trait Layout: Send + Sync {
     /// The part that every quantized module has, such as `qweight`.
     fn marker(&self) -> &'static str;
 
-    /// The module that a tensor is a quantized part of, going by its name.
-    fn module_of<'a>(&self, tensor: &'a str) -> Option<&'a str>;
+    /// The module that this tensor shows to be quantized, going by its name and type. Parts with names that other
+    /// modules use too show nothing.
+    fn module_of<'a>(&self, tensor: &'a str, dtype: DType) -> Option<&'a str>;
+
+    /// Endings of tensor names that only this layout has, for checkpoints that do not name their method.
+    fn known_by(&self) -> &'static [&'static str] {
+        &[]
+    }
 
     /// Whether a matrix `[rows, cols]` made to `spec` can be stored: if not, which field stands in the way and
     /// what to choose instead.
@@ -140,7 +151,8 @@ pub trait Reader: Send + Sync {
     /// What the configuration says of most modules, where it says something.
     fn spec(&self) -> Option<QuantSpec>;
 
-    /// Shape `[out, in]` of a layer. Checks the names, types and shapes of its tensors; reads no data.
+    /// Shape `[out, in]` of a layer. Checks the names, types and shapes of its tensors; reads no weights, at most
+    /// the few bytes in which some layouts say what they are.
     fn shape(&self, source: &dyn TensorSource, module: &str) -> Result<(usize, usize), FormatError>;
 
     /// Reads a layer. The result is consistent: its `weight.validate()` succeeds.

@@ -43,9 +43,6 @@ const BITS: [u8; 4] = [2, 3, 4, 8];
 /// Group sizes that GPTQModel accepts, beside whole rows.
 const GROUPS: [usize; 7] = [16, 32, 64, 128, 256, 512, 1024];
 
-/// The parts of a layer by which it is known. `scales` is too common a name.
-const PARTS: [&str; 3] = ["qweight", "qzeros", "g_idx"];
-
 /// How zero points are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
@@ -137,8 +134,14 @@ impl Layout for Gptq {
         "qweight"
     }
 
-    fn module_of<'a>(&self, tensor: &'a str) -> Option<&'a str> {
-        tensor.rsplit_once('.').filter(|(_, part)| PARTS.contains(part)).map(|(module, _)| module)
+    fn module_of<'a>(&self, tensor: &'a str, _dtype: DType) -> Option<&'a str> {
+        let (module, part) = tensor.rsplit_once('.')?;
+        // `scales` is too common a name.
+        matches!(part, "qweight" | "qzeros" | "g_idx").then_some(module)
+    }
+
+    fn known_by(&self) -> &'static [&'static str] {
+        &[".g_idx"]
     }
 
     fn can_store(&self, spec: &QuantSpec, rows: usize, cols: usize) -> Result<(), Unsupported> {
