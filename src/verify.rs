@@ -69,7 +69,8 @@ fn check_tokenizer(checkpoint: &Checkpoint, arch: Option<&ArchSpec>) -> Option<F
         Err(error) => Some(finding(Severity::Error, "tokenizer", error.to_string(), remedy)),
         Ok(tokenizer) => {
             let (tokens, rows) = (tokenizer.vocab_size(), arch?.vocab_size);
-            let message = || format!("tokenizer.json has {tokens} tokens, the embedding has {rows} rows (vocab_size)");
+            let message =
+                || format!("tokenizer.json has {tokens} tokens, the embedding has {rows} rows (vocab_size)");
             (tokens > rows).then(|| finding(Severity::Warning, "vocabulary", message(), remedy))
         }
     }
