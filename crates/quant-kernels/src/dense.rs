@@ -25,8 +25,9 @@ use half::{bf16, f16};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
 
 use self::driver::Product;
-use self::operand::{Expanded, Turned, rows_of};
-pub(crate) use self::operand::{Left, Plain, Right};
+pub(crate) use self::driver::{add, parts};
+use self::operand::{Expanded, Turned};
+pub(crate) use self::operand::{Left, Plain, Right, SPILL, pack_plain, pack_rows, pack_turned, rows_of};
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.

@@ -3,19 +3,23 @@
 //! - [`isa`] finds out what the processor can do;
 //! - [`dense`] multiplies matrices;
 //! - [`packed`] multiplies by quantized matrices;
+//! - [`attention`] attends to cached keys and values;
 //! - [`vec`] normalises, activates, converts rows.
 //!
 //! Every function gives the same bits on every instruction set and for every number of threads. Work is split
 //! over the current rayon pool.
 
+pub mod attention;
 pub mod dense;
 pub mod error;
 pub mod isa;
 pub mod packed;
 pub mod roof;
+mod scratch;
 mod simd;
 pub mod vec;
 
+pub use attention::{Heads, Mask, attend};
 pub use dense::{
     HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,
 };

@@ -16,6 +16,8 @@ pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use reduce::{absmax, dot, log_sum_exp};
 
+pub(crate) use norm::softmax_body;
+
 use crate::error::ShapeError;
 use crate::isa;
 use crate::simd::{self, Vector, Work};

@@ -1,6 +1,5 @@
 //! The loop nest of all products: output tiles in parallel, blocks of the inner dimension in order.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use ndarray::{ArrayViewMut2, Axis};
@@ -8,6 +7,7 @@ use rayon::prelude::*;
 
 use super::KC;
 use super::operand::{Left, Right, SPILL};
+use crate::scratch::Scratch;
 use crate::simd::{self, Vector, Work, prefetch};
 
 /// Rows of a task. The packed block of the left operand, `ROWS * KC` floats = 240 KiB, shares a level-2 cache of
@@ -106,11 +106,6 @@ struct Tile<'a> {
     out: ArrayViewMut2<'a, f32>,
 }
 
-thread_local! {
-    /// Packed operands; kept, since the pages of a fresh allocation cost more than a small product.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
 struct Task<'a, L, R> {
     product: &'a Product<L, R>,
     tile: Tile<'a>,
@@ -133,13 +128,12 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
         let step = KC * V::NR / width;
         let pass = KC * (LEFT_BUDGET / (m * KC)).max(1);
 
-        let mut scratch = SCRATCH.take();
-        let (left, panel, sums) = split_aligned(
-            &mut scratch,
+        let mut scratch = Scratch::take();
+        let [left, panel, sums] = scratch.split([
             m * pass.min(product.depth) + SPILL,
             step.min(product.depth) * width,
             tile_rows * width,
-        );
+        ]);
         for start in (0..product.depth).step_by(pass) {
             let end = (start + pass).min(product.depth);
             // Packed rows `i..i + rows` of the left operand, over one block.
@@ -181,7 +175,6 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
                 }
             }
         }
-        SCRATCH.set(scratch);
     }
 }
 
@@ -216,35 +209,16 @@ impl<L, R> Product<L, R> {
 }
 
 /// A range cut into parts of `length`, the last of which may be shorter.
-fn parts(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn parts(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(length).map(move |start| start..(start + length).min(range.end))
 }
 
 /// `out = alpha * sums + beta * out`, as long as `out`.
 #[inline(always)]
-fn add(alpha: f32, sums: &[f32], beta: f32, out: &mut [f32]) {
+pub(crate) fn add(alpha: f32, sums: &[f32], beta: f32, out: &mut [f32]) {
     if beta == 0.0 {
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = alpha.mul_add(*sum, 0.0));
     } else {
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = alpha.mul_add(*sum, beta * *out));
     }
-}
-
-/// Three slices of the given lengths in one allocation, each on a cache line of its own.
-fn split_aligned(
-    scratch: &mut Vec<f32>,
-    a: usize,
-    b: usize,
-    c: usize,
-) -> (&mut [f32], &mut [f32], &mut [f32]) {
-    const LINE: usize = 16;
-    let (a_end, b_end) = (a.next_multiple_of(LINE), b.next_multiple_of(LINE));
-    let length = a_end + b_end + c + LINE;
-    if scratch.len() < length {
-        scratch.resize(length, 0.0);
-    }
-    let start = scratch.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
-    let (first, rest) = scratch[start..].split_at_mut(a_end);
-    let (second, third) = rest.split_at_mut(b_end);
-    (&mut first[..a], &mut second[..b], &mut third[..c])
 }

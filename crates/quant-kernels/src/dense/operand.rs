@@ -56,16 +56,22 @@ pub(crate) fn rows_of<'a, E>(matrix: ArrayView2<'a, E>) -> Vec<&'a [E]> {
 impl Left for Plain<'_> {
     #[inline(always)]
     fn pack<V: Vector>(&self, simd: V, rows: Range<usize>, depth: Range<usize>, out: &mut [f32]) {
-        if rows.len() == 1 {
-            out[..depth.len()].copy_from_slice(&self.0[rows.start][depth]);
-            return;
-        }
-        // Eight rows at a time give columns of eight. What they hold beyond the last row is overwritten by the
-        // next column, provided that the last eight rows go first.
-        for at in (0..rows.len()).step_by(8).rev() {
-            let eight = eight_rows(&self.0[..rows.end], rows.start + at, depth.clone());
-            simd.transpose(eight, start_of(&eight), &mut out[at..], rows.len());
-        }
+        pack_rows(simd, &self.0[rows], depth, out);
+    }
+}
+
+/// `out[p, r] = rows[r][depth[p]]`, with [`SPILL`] numbers behind it that may be overwritten.
+#[inline(always)]
+pub(crate) fn pack_rows<V: Vector>(simd: V, rows: &[&[f32]], depth: Range<usize>, out: &mut [f32]) {
+    if let [row] = rows {
+        out[..depth.len()].copy_from_slice(&row[depth]);
+        return;
+    }
+    // Eight rows at a time give columns of eight. What they hold beyond the last row is overwritten by the next
+    // column, provided that the last eight rows go first.
+    for at in (0..rows.len()).step_by(8).rev() {
+        let eight = eight_rows(rows, at, depth.clone());
+        simd.transpose(eight, start_of(&eight), &mut out[at..], rows.len());
     }
 }
 
@@ -89,26 +95,45 @@ impl Left for Turned<'_, f32> {
 impl Right for Plain<'_> {
     #[inline(always)]
     fn pack<V: Vector>(&self, _: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]) {
-        for (out, row) in panel.chunks_exact_mut(width).zip(&self.0[depth]) {
-            // The rows are far from each other: ask for the line that the next panel needs.
-            prefetch(row.as_ptr().wrapping_add(j + width));
-            let row = &row[j..];
-            let (inside, rest) = row[..width.min(row.len())].as_chunks::<8>();
-            let (out, out_rest) = out.split_at_mut(8 * inside.len());
-            out.as_chunks_mut::<8>().0.copy_from_slice(inside);
-            out_rest[..rest.len()].copy_from_slice(rest);
-        }
+        pack_plain(&self.0[depth], j, width, panel);
+    }
+}
+
+/// `panel[p, c] = rows[p][j + c]` as far as the rows reach, with `panel: [rows, width]`.
+#[inline(always)]
+pub(crate) fn pack_plain(rows: &[&[f32]], j: usize, width: usize, panel: &mut [f32]) {
+    for (out, row) in panel.chunks_exact_mut(width).zip(rows) {
+        // The rows are far from each other: ask for the line that the next panel needs.
+        prefetch(row.as_ptr().wrapping_add(j + width));
+        let row = &row[j..];
+        let (inside, rest) = row[..width.min(row.len())].as_chunks::<8>();
+        let (out, out_rest) = out.split_at_mut(8 * inside.len());
+        out.as_chunks_mut::<8>().0.copy_from_slice(inside);
+        out_rest[..rest.len()].copy_from_slice(rest);
     }
 }
 
 impl<E: Element> Right for Turned<'_, E> {
     #[inline(always)]
     fn pack<V: Vector>(&self, simd: V, j: usize, depth: Range<usize>, width: usize, panel: &mut [f32]) {
-        for at in (0..width.min(self.0.len() - j)).step_by(8) {
-            let eight = eight_rows(&self.0, j + at, depth.clone());
-            let next = eight_rows(&self.0, j + at + 8, depth.clone());
-            simd.transpose(eight, start_of(&next), &mut panel[at..], width);
-        }
+        pack_turned(simd, &self.0, j, depth, width, panel);
+    }
+}
+
+/// `panel[p, c] = rows[j + c][depth[p]]` as far as there are rows, with `panel: [depth, width]`.
+#[inline(always)]
+pub(crate) fn pack_turned<V: Vector, E: Element>(
+    simd: V,
+    rows: &[&[E]],
+    j: usize,
+    depth: Range<usize>,
+    width: usize,
+    panel: &mut [f32],
+) {
+    for at in (0..width.min(rows.len() - j)).step_by(8) {
+        let eight = eight_rows(rows, j + at, depth.clone());
+        let next = eight_rows(rows, j + at + 8, depth.clone());
+        simd.transpose(eight, start_of(&next), &mut panel[at..], width);
     }
 }
 
