@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, Axis, Slice};
 use quant_core::{WeightError, WeightSource};
-use quant_kernels::vec;
+use quant_kernels::{Heads, Mask, attend, vec};
 use rayon::prelude::*;
 
 use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, PositionSpec, StageKind};
-use crate::attention::Attention;
 use crate::error::ModelError;
 use crate::kv::LayerCache;
 use crate::linear::{Linear, linear};
@@ -78,7 +77,8 @@ pub struct Block {
     attention_norm: Norm,
     mlp_norm: Norm,
     qk_norm: Option<[Norm; 2]>,
-    attention: Attention,
+    scale: f32,
+    window: Option<usize>,
     slots: Vec<Slot>,
 }
 
@@ -126,13 +126,8 @@ impl Block {
             attention_norm: norm(names.attention_norm, hidden, kind)?,
             mlp_norm: norm(names.mlp_norm, hidden, kind)?,
             qk_norm,
-            attention: Attention {
-                heads: spec.heads,
-                kv_heads: spec.kv_heads,
-                head_dim: spec.head_dim,
-                scale: spec.attention_scale.of_layer(layer),
-                window: spec.window.of_layer(layer),
-            },
+            scale: spec.attention_scale.of_layer(layer),
+            window: spec.window.of_layer(layer),
             slots: slots.collect::<Result<_, ModelError>>()?,
             spec: spec.clone(),
         })
@@ -251,22 +246,24 @@ impl Block {
         self.place(&mut qkv, sequences);
         let (q, kv) = qkv.view().split_at(Axis(1), q_size);
         let (k, v) = kv.split_at(Axis(1), kv_size);
+        let heads = Heads { heads: self.spec.heads, kv_heads: self.spec.kv_heads, dim: self.spec.head_dim };
         let mut out = Array2::zeros((q.nrows(), q_size));
         match cache {
             Some(cache) => {
+                let mask = Mask::Causal { offset: cache.len(), window: self.window };
                 cache.append(k, v);
                 let (k, v) = cache.views();
-                self.attention.forward(q, k, v, out.view_mut())?;
+                attend(heads, mask, self.scale, q, k, v, out.view_mut())?;
             }
             None => {
+                let mask = Mask::Causal { offset: 0, window: self.window };
                 let len = sequences.len.max(1);
-                out.axis_chunks_iter_mut(Axis(0), len).into_par_iter().enumerate().try_for_each(
-                    |(i, out)| {
-                        let rows = Slice::from(i * len..i * len + out.nrows());
-                        let [q, k, v] = [&q, &k, &v].map(|all| all.slice_axis(Axis(0), rows));
-                        self.attention.forward(q, k, v, out)
-                    },
-                )?;
+                let each = out.axis_chunks_iter_mut(Axis(0), len).into_par_iter().enumerate();
+                each.try_for_each(|(i, out)| {
+                    let rows = Slice::from(i * len..i * len + out.nrows());
+                    let [q, k, v] = [&q, &k, &v].map(|all| all.slice_axis(Axis(0), rows));
+                    attend(heads, mask, self.scale, q, k, v, out)
+                })?;
             }
         }
         Ok(out)

@@ -27,7 +27,6 @@
 #![forbid(unsafe_code)]
 
 mod arch;
-mod attention;
 mod block;
 mod decoder;
 mod error;
