@@ -18,6 +18,11 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
 use quant_kernels::{gemm_nt, matmul_nn, mirror_upper_to_lower};
 use rayon::prelude::*;
 
+#[cfg(feature = "lapack")]
+mod lapack;
+#[cfg(feature = "lapack")]
+pub use lapack::Lapack;
+
 /// Columns per block. On 2 cores of a Zen 3 at n = 4096: 64 and 256 are slower by 20 % and 10 %.
 const BLOCK: usize = 128;
 
@@ -251,5 +256,4 @@ fn multiply_by_transpose(mut h: ArrayViewMut2<'_, f32>) {
 }
 
 #[cfg(test)]
-#[path = "cholesky_tests.rs"]
 pub(crate) mod tests;

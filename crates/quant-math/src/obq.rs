@@ -436,5 +436,4 @@ impl Tile {
 }
 
 #[cfg(test)]
-#[path = "obq_tests.rs"]
 mod tests;

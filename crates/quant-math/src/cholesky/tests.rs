@@ -115,3 +115,29 @@ fn threads_do_not_change_a_bit() {
         assert_eq!(run(threads), one, "{threads} threads");
     }
 }
+
+#[cfg(feature = "lapack")]
+#[test]
+fn lapack_gives_the_same() {
+    for n in [1, 2, 127, 128, 129, 300] {
+        // Eigenvalues between 0.5 and 1.5, so that factors differ by no more than three times what products do.
+        let h = positive_definite(n, 2 * n, 0.5, n as u32);
+        type Run = fn(&dyn Cholesky, ArrayViewMut2<'_, f32>) -> Result<(), NotPositiveDefinite>;
+        let all: [Run; 4] = [
+            |c, h| c.reverse_factor(h),
+            |c, h| c.factor(h),
+            |c, h| c.upper_factor_of_inverse(h),
+            |c, h| c.inverse(h),
+        ];
+        for (which, run) in all.into_iter().enumerate() {
+            let (mut ours, mut theirs) = (h.clone(), h.clone());
+            run(&Blocked, ours.view_mut()).unwrap();
+            run(&Lapack, theirs.view_mut()).unwrap();
+            let off = (&ours - &theirs).fold(0.0f32, |a, v| a.max(v.abs()));
+            assert!(f64::from(off) <= 3.0 * bound(n), "{which} at {n}: {off}");
+            let mut bad = h.clone();
+            bad[[n - 1, n - 1]] = -1.0;
+            assert!(run(&Lapack, bad.view_mut()).is_err());
+        }
+    }
+}
