@@ -10,7 +10,7 @@ use crate::error::ShapeError;
 use crate::isa;
 use crate::scratch::Scratch;
 use crate::simd::{self, Vector, Work};
-use crate::vec::softmax_body;
+use crate::vec::softmax_visible;
 
 #[cfg(test)]
 mod tests;
@@ -212,7 +212,7 @@ impl Work for Task<'_> {
 
         for (i, row) in scores.chunks_exact_mut(all.len()).enumerate() {
             let visible = visible(i);
-            softmax_body((row, visible.start - all.start..visible.end - all.start));
+            softmax_visible(row, visible.start - all.start..visible.end - all.start);
         }
 
         // Values, a block of keys at a time; blocks are counted from key 0.

@@ -16,7 +16,7 @@ pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use reduce::{absmax, dot, log_sum_exp};
 
-pub(crate) use norm::softmax_body;
+pub(crate) use norm::softmax_visible;
 
 use crate::error::ShapeError;
 use crate::isa;
@@ -25,22 +25,25 @@ use crate::simd::{self, Vector, Work};
 /// Partial sums of a reduction, whatever the vector width.
 pub const LANES: usize = 16;
 
-/// Runs `body` compiled for the active instruction set. `body` must be an `#[inline(always)]` function item: a
-/// closure may be compiled on its own, without the target features.
-fn apply<A, R>(arguments: A, body: impl FnOnce(A) -> R) -> R {
-    struct Apply<A, F> {
-        arguments: A,
-        body: F,
-    }
-    impl<A, R, F: FnOnce(A) -> R> Work for Apply<A, F> {
-        type Output = R;
+/// An operation with its arguments. `run` is `#[inline(always)]` and loops plainly: a function or closure that is
+/// not inlined is compiled without the target features.
+trait Operation {
+    type Output;
+    fn run(self) -> Self::Output;
+}
+
+/// Runs an operation compiled for the active instruction set.
+fn apply<O: Operation>(operation: O) -> O::Output {
+    struct Apply<O>(O);
+    impl<O: Operation> Work for Apply<O> {
+        type Output = O::Output;
 
         #[inline(always)]
-        fn run<V: Vector>(self, _: V) -> R {
-            (self.body)(self.arguments)
+        fn run<V: Vector>(self, _: V) -> O::Output {
+            self.0.run()
         }
     }
-    simd::run(isa::active(), Apply { arguments, body })
+    simd::run(isa::active(), Apply(operation))
 }
 
 fn check_length(operand: &'static str, expected: usize, found: usize) -> Result<(), ShapeError> {

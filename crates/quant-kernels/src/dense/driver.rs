@@ -217,8 +217,12 @@ pub(crate) fn parts(range: Range<usize>, length: usize) -> impl Iterator<Item = 
 #[inline(always)]
 pub(crate) fn add(alpha: f32, sums: &[f32], beta: f32, out: &mut [f32]) {
     if beta == 0.0 {
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = alpha.mul_add(*sum, 0.0));
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = alpha.mul_add(*sum, 0.0);
+        }
     } else {
-        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = alpha.mul_add(*sum, beta * *out));
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = alpha.mul_add(*sum, beta * *out);
+        }
     }
 }

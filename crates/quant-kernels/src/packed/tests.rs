@@ -122,6 +122,7 @@ fn any_matrix() -> impl Strategy<Value = QuantizedMatrix> {
                 let vector = |n: usize| (0..n).map(|i| 0.5 + (i % 7) as f32 / 3.0).collect::<Vec<_>>();
                 QuantizedMatrix {
                     codes: codes(bits, rows, cols),
+                    dtype: None,
                     grid,
                     groups,
                     scales: Params::F32(scales(n)),

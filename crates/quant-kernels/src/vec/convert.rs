@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{apply, check_length};
+use super::{Operation, apply, check_length};
 use crate::error::ShapeError;
 use crate::isa;
 use crate::simd::{self, Vector, Work};
@@ -26,48 +26,75 @@ pub fn f16_to_f32(x: &[f16], out: &mut [f32]) -> Result<(), ShapeError> {
 /// Widens bfloat16.
 pub fn bf16_to_f32(x: &[bf16], out: &mut [f32]) -> Result<(), ShapeError> {
     check_length("out", x.len(), out.len())?;
-    apply((x, out), bf16_to_f32_body);
+    apply(WidenBf16 { x, out });
     Ok(())
 }
 
-#[inline(always)]
-fn bf16_to_f32_body((x, out): (&[bf16], &mut [f32])) {
-    for (out, x) in out.iter_mut().zip(x) {
-        let bits = u32::from(x.to_bits()) << 16;
-        let quiet = if bits & 0x7fff_ffff > 0x7f80_0000 { 0x0040_0000 } else { 0 };
-        *out = f32::from_bits(bits | quiet);
+struct WidenBf16<'a> {
+    x: &'a [bf16],
+    out: &'a mut [f32],
+}
+
+impl Operation for WidenBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            let bits = u32::from(x.to_bits()) << 16;
+            let quiet = if bits & 0x7fff_ffff > 0x7f80_0000 { 0x0040_0000 } else { 0 };
+            *out = f32::from_bits(bits | quiet);
+        }
     }
 }
 
 /// Rounds to bfloat16, ties to even.
 pub fn f32_to_bf16(x: &[f32], out: &mut [bf16]) -> Result<(), ShapeError> {
     check_length("out", x.len(), out.len())?;
-    apply((x, out), f32_to_bf16_body);
+    apply(NarrowBf16 { x, out });
     Ok(())
 }
 
-#[inline(always)]
-fn f32_to_bf16_body((x, out): (&[f32], &mut [bf16])) {
-    for (out, x) in out.iter_mut().zip(x) {
-        let bits = x.to_bits();
-        // Half of the last kept bit, and one more where that bit is set: ties round to even.
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let nan = bits >> 16 | 0x0040;
-        *out = bf16::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded } as u16);
+struct NarrowBf16<'a> {
+    x: &'a [f32],
+    out: &'a mut [bf16],
+}
+
+impl Operation for NarrowBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            let bits = x.to_bits();
+            // Half of the last kept bit, and one more where that bit is set: ties round to even.
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+            let nan = bits >> 16 | 0x0040;
+            *out = bf16::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded } as u16);
+        }
     }
 }
 
 /// Rounds to binary16, ties to even.
 pub fn f32_to_f16(x: &[f32], out: &mut [f16]) -> Result<(), ShapeError> {
     check_length("out", x.len(), out.len())?;
-    apply((x, out), f32_to_f16_body);
+    apply(NarrowF16 { x, out });
     Ok(())
 }
 
-#[inline(always)]
-fn f32_to_f16_body((x, out): (&[f32], &mut [f16])) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = f16::from_bits(narrow_f16(*x));
+struct NarrowF16<'a> {
+    x: &'a [f32],
+    out: &'a mut [f16],
+}
+
+impl Operation for NarrowF16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            *out = f16::from_bits(narrow_f16(*x));
+        }
     }
 }
 

@@ -1,82 +1,138 @@
 //! Sums and maxima.
 
-use super::{LANES, apply, check_length, math};
+use super::{LANES, Operation, apply, check_length, math};
 use crate::error::ShapeError;
 
 /// `sum of x[i] * y[i]` by fused multiply-adds.
 pub fn dot(x: &[f32], y: &[f32]) -> Result<f32, ShapeError> {
     check_length("y", x.len(), y.len())?;
-    Ok(apply((x, y), dot_body))
+    Ok(apply(Dot { x, y }))
 }
 
-#[inline(always)]
-fn dot_body((x, y): (&[f32], &[f32])) -> f32 {
-    let mut sums = [0.0; LANES];
-    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-    for (x, y) in x.iter().zip(y) {
-        for i in 0..LANES {
-            sums[i] = x[i].mul_add(y[i], sums[i]);
+struct Dot<'a> {
+    x: &'a [f32],
+    y: &'a [f32],
+}
+
+impl Operation for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run(self) -> f32 {
+        let mut sums = [0.0; LANES];
+        let ((x, x_rest), (y, y_rest)) = (self.x.as_chunks::<LANES>(), self.y.as_chunks::<LANES>());
+        for (x, y) in x.iter().zip(y) {
+            for i in 0..LANES {
+                sums[i] = x[i].mul_add(y[i], sums[i]);
+            }
         }
+        for (sum, (x, y)) in sums.iter_mut().zip(x_rest.iter().zip(y_rest)) {
+            *sum = x.mul_add(*y, *sum);
+        }
+        fold(sums, |a, b| a + b)
     }
-    for (sum, (x, y)) in sums.iter_mut().zip(x_rest.iter().zip(y_rest)) {
-        *sum = x.mul_add(*y, *sum);
-    }
-    fold(sums, |a, b| a + b)
 }
 
 /// The largest magnitude, 0 for an empty slice, NaN if there is a NaN.
 pub fn absmax(x: &[f32]) -> f32 {
-    apply(x, absmax_body)
+    apply(AbsMax { x })
 }
 
-#[inline(always)]
-fn absmax_body(x: &[f32]) -> f32 {
-    // Magnitudes order as their bits do, with NaN above infinity; the maximum of integers knows no order.
-    let bits = x.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
-    f32::from_bits(bits)
+struct AbsMax<'a> {
+    x: &'a [f32],
+}
+
+impl Operation for AbsMax<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run(self) -> f32 {
+        // Magnitudes order as their bits do, with NaN above infinity; the maximum of integers knows no order.
+        let mut max = 0;
+        for x in self.x {
+            max = (x.to_bits() & 0x7fff_ffff).max(max);
+        }
+        f32::from_bits(max)
+    }
 }
 
 /// `ln of the sum of e^x[i]` in f64: the normaliser of log-probabilities. Minus infinity for an empty slice.
 pub fn log_sum_exp(x: &[f32]) -> f64 {
-    let (max, sum) = apply(x, log_sum_exp_body);
+    let (max, sum) = apply(SumExp { x });
     if max.is_infinite() { f64::from(max) } else { f64::from(max) + libm::log(sum) }
 }
 
-#[inline(always)]
-fn log_sum_exp_body(x: &[f32]) -> (f32, f64) {
-    let max = max(x);
-    (max, sum_f64(x, |x| math::exp_f64(f64::from(x) - f64::from(max))))
+struct SumExp<'a> {
+    x: &'a [f32],
+}
+
+impl Operation for SumExp<'_> {
+    /// The maximum and the sum of exponentials of the distances to it.
+    type Output = (f32, f64);
+
+    #[inline(always)]
+    fn run(self) -> (f32, f64) {
+        let max = max(self.x);
+        let mut sums = [0.0; LANES];
+        let (chunks, rest) = self.x.as_chunks::<LANES>();
+        for x in chunks {
+            for i in 0..LANES {
+                sums[i] += math::exp_f64(f64::from(x[i]) - f64::from(max));
+            }
+        }
+        for (sum, x) in sums.iter_mut().zip(rest) {
+            *sum += math::exp_f64(f64::from(*x) - f64::from(max));
+        }
+        (max, fold(sums, |a, b| a + b))
+    }
 }
 
 /// The largest element, minus infinity for an empty slice. NaN does not count.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for x in chunks {
         for i in 0..LANES {
-            lanes[i] = larger(lanes[i], x[i]);
+            lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
         }
     }
     for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane = larger(*lane, *x);
+        *lane = if *x > *lane { *x } else { *lane };
     }
-    fold(lanes, larger)
+    fold(lanes, |a, b| if b > a { b } else { a })
 }
 
-/// The sum of `term(x[i])`, every element in f64.
+/// The sum of `x[i]` in f64.
 #[inline(always)]
-pub(super) fn sum_f64(x: &[f32], term: impl Fn(f32) -> f64) -> f64 {
+pub(super) fn sum(x: &[f32]) -> f64 {
     let mut sums = [0.0; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for x in chunks {
         for i in 0..LANES {
-            sums[i] += term(x[i]);
+            sums[i] += f64::from(x[i]);
         }
     }
     for (sum, x) in sums.iter_mut().zip(rest) {
-        *sum += term(*x);
+        *sum += f64::from(*x);
+    }
+    fold(sums, |a, b| a + b)
+}
+
+/// The sum of `(x[i] - center)^2` in f64.
+#[inline(always)]
+pub(super) fn sum_squares(x: &[f32], center: f64) -> f64 {
+    let mut sums = [0.0; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for x in chunks {
+        for i in 0..LANES {
+            let distance = f64::from(x[i]) - center;
+            sums[i] = distance.mul_add(distance, sums[i]);
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(rest) {
+        let distance = f64::from(*x) - center;
+        *sum = distance.mul_add(distance, *sum);
     }
     fold(sums, |a, b| a + b)
 }
