@@ -5,8 +5,10 @@ use std::fs;
 use std::path::Path;
 
 use ndarray::{Array2, Ix2, s};
+use quant_core::DenseTensor;
+use quant_formats::Checkpoint;
 use quant_model::{ArchSpec, Decoder};
-use quant_testkit::Golden;
+use quant_testkit::{Golden, fixtures_dir};
 use serde_json::Value;
 
 /// Every architecture with a reference file.
@@ -61,6 +63,51 @@ fn variants_of_every_architecture_too() {
         let ids = golden.ids(&format!("{name}/input_ids"));
         assert_as_exact_as(&logits(&golden, &format!("{name}/logits")), name, config, &src, &ids);
     }
+}
+
+/// Files of quantizing libraries, with the weights as the library itself dequantizes them.
+#[test]
+fn quantized_checkpoints_too() {
+    let mut count = 0;
+    for entry in fs::read_dir(fixtures_dir().join("golden")).unwrap() {
+        let dir = entry.unwrap().path();
+        let name = dir.file_name().unwrap().to_str().unwrap().to_owned();
+        let plain = name.starts_with("base-") || !dir.join("config.json").is_file();
+        if plain || config(&dir)["model_type"] == "bert" {
+            continue;
+        }
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let spec = ArchSpec::from_config(checkpoint.config()).unwrap();
+        let layout = checkpoint.reader().unwrap().unwrap().layout();
+        let mut src = Tensors::default();
+        for module in checkpoint.quantized_modules() {
+            let linear = checkpoint.quantized_linear(module).unwrap().unwrap();
+            let weight = layout.dequantize_like_peer(&linear.weight);
+            let stored = if spec.conv1d { weight.t().to_owned() } else { weight };
+            let values: Vec<f32> = stored.iter().copied().collect();
+            src.0.insert(format!("{module}.weight"), DenseTensor::from_f32(stored.shape(), &values));
+            src.0.extend(linear.bias.map(|bias| (format!("{module}.bias"), bias)));
+        }
+        for (tensor, _) in checkpoint.tensor_infos() {
+            src.0.entry(tensor.to_owned()).or_insert_with(|| checkpoint.tensor(tensor).unwrap());
+        }
+        let golden = Golden::open(&name);
+        let ids = golden.ids("input_ids");
+        assert_as_exact_as(&logits(&golden, "logits"), &name, checkpoint.config(), &src, &ids);
+
+        // The same weights without the library's rounding, packed: equal to dense ones bit for bit.
+        for module in checkpoint.quantized_modules() {
+            let weight = checkpoint.quantized_linear(module).unwrap().unwrap().weight.dequantize();
+            let stored = if spec.conv1d { weight.t().to_owned() } else { weight };
+            let values: Vec<f32> = stored.iter().copied().collect();
+            src.0.insert(format!("{module}.weight"), DenseTensor::from_f32(stored.shape(), &values));
+        }
+        let packed = Decoder::load(checkpoint.config(), &checkpoint).unwrap().logits(&ids).unwrap();
+        let dense = Decoder::load(checkpoint.config(), &src).unwrap().logits(&ids).unwrap();
+        assert_eq!(packed, dense, "{name}");
+        count += 1;
+    }
+    assert!(count >= 11, "{count} checkpoints");
 }
 
 #[test]
