@@ -123,10 +123,7 @@ mod tests {
         assert_eq!(txt, ["one", "two"]);
         let lines = "{\"text\":\"a\"}\n\n{\"messages\":[{\"content\":\"b\"},{\"content\":\"c\"}]}\n";
         assert_eq!(documents(Path::new("a.jsonl"), lines).unwrap(), ["a", "b\nc"]);
-        assert!(matches!(
-            documents(Path::new("a.jsonl"), "{\"text\":1}"),
-            Err(Error::Jsonl { line: 1, .. })
-        ));
+        assert!(matches!(documents(Path::new("a.jsonl"), "{\"text\":1}"), Err(Error::Jsonl { line: 1, .. })));
     }
 
     #[test]

@@ -46,7 +46,9 @@ pub enum Error {
     #[error("nothing was done: {}", list(.0))]
     Problems(Vec<Problem>),
     /// A calibrated method, but no model to run.
-    #[error("{method} needs calibration, and so a model directory with config.json; this is a bare file of tensors: use a calibration-free method such as rtn")]
+    #[error(
+        "{method} needs calibration, and so a model directory with config.json; this is a bare file of tensors: use a calibration-free method such as rtn"
+    )]
     NoModel {
         /// The method.
         method: String,
@@ -68,7 +70,9 @@ pub enum Error {
         vocab_size: usize,
     },
     /// Calibration samples of different length, or none.
-    #[error("calibration samples must exist and have equal length; sample {sample} has {found} tokens, the first has {expected}")]
+    #[error(
+        "calibration samples must exist and have equal length; sample {sample} has {found} tokens, the first has {expected}"
+    )]
     SampleLength {
         /// Index of the sample.
         sample: usize,

@@ -23,6 +23,8 @@ pub(crate) struct RunShape {
     pub(crate) chunk: usize,
     /// Features of the residual stream.
     pub(crate) hidden: usize,
+    /// Blocks run twice: their input and all their quantized linears are kept meanwhile.
+    pub(crate) twice: bool,
     /// Stages of a block.
     pub(crate) stages: Vec<StageShape>,
     /// Bytes of the embedding table as stored.
@@ -55,7 +57,8 @@ impl RunShape {
     /// Predicted peak of resident memory in bytes.
     pub(crate) fn peak(&self, quantizer: &dyn Quantizer, spec: &QuantSpec, spill: Spill) -> usize {
         let store = |cols: usize, spilled: bool| 4 * cols * if spilled { 0 } else { self.tokens };
-        let residual = store(self.hidden, spill.residual);
+        let streams = if self.twice { 2 } else { 1 };
+        let residual = streams * store(self.hidden, spill.residual);
         let embedding_phase = self.embedding + residual + 4 * self.chunk * self.hidden;
         let mut done = 0;
         let mut peak = embedding_phase;
@@ -77,7 +80,9 @@ impl RunShape {
             let chunk = 4 * self.chunk * (2 * self.hidden + stage.inputs + outputs + stage.next_inputs);
             let advancing = input + store(stage.next_inputs, spill.inputs) + packed + chunk;
             peak = peak.max(residual + done + reading.max(solving).max(advancing));
-            done += packed;
+            if self.twice {
+                done += packed;
+            }
         }
         BASE + peak
     }

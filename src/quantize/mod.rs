@@ -164,6 +164,7 @@ impl Job<'_> {
             tokens,
             chunk: pass::chunk_len(self.seq_len()).min(tokens),
             hidden: arch.hidden_size,
+            twice: !self.config.true_sequential,
             stages: stages.collect(),
             embedding: arch.vocab_size * arch.hidden_size * width,
         })

@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2};
 use quant_core::WeightSource;
 use quant_model::{ArchSpec, Block, Linear, Sequences};
 
-use super::activations::Activations;
+use super::activations::{Activations, Stores};
 use crate::calibration::Calibration;
 use crate::error::Error;
 
@@ -19,6 +19,9 @@ const CHUNK_TOKENS: usize = 2048;
 pub(crate) fn chunk_len(seq_len: usize) -> usize {
     (CHUNK_TOKENS / seq_len.max(1)).max(1) * seq_len.max(1)
 }
+
+/// Linears by slot.
+pub(crate) type Slots = Vec<(usize, Box<dyn Linear>)>;
 
 /// One block and the residual stream of all samples.
 pub(crate) struct Pass<'a> {
@@ -57,13 +60,8 @@ impl<'a> Pass<'a> {
     }
 
     /// Puts linears in their slots.
-    pub(crate) fn set(&mut self, linears: Vec<(usize, Box<dyn Linear>)>) -> Result<(), Error> {
+    pub(crate) fn set(&mut self, linears: Slots) -> Result<(), Error> {
         Ok(linears.into_iter().try_for_each(|(slot, linear)| self.block.set_linear(slot, linear))?)
-    }
-
-    /// Empties the slots of a stage.
-    pub(crate) fn clear(&mut self, stage: usize) {
-        self.arch.slots(stage).for_each(|slot| drop(self.block.take_linear(slot)));
     }
 
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -81,31 +79,38 @@ impl<'a> Pass<'a> {
         self.chunks().try_for_each(|rows| f(store.read(rows, &mut buffer)?))
     }
 
-    /// Copies the residual stream.
-    pub(crate) fn copy_residual(&mut self, to: &mut Activations) -> Result<(), Error> {
+    /// A copy of the residual stream.
+    pub(crate) fn copy_residual(&mut self, stores: Stores) -> Result<Activations, Error> {
+        let mut copy = stores.residual(self.arch.hidden_size)?;
         let mut buffer = Vec::new();
         for rows in self.chunks() {
-            to.write(rows.start, self.x.read(rows, &mut buffer)?)?;
+            copy.write(rows.start, self.x.read(rows, &mut buffer)?)?;
         }
-        Ok(())
+        Ok(copy)
     }
 
-    /// Computes the input of the first stage.
-    pub(crate) fn begin(&mut self, input: &mut Activations) -> Result<(), Error> {
+    /// The input of the first stage.
+    pub(crate) fn begin(&mut self, stores: Stores) -> Result<Activations, Error> {
+        let mut input = stores.inputs(self.arch.hidden_size)?;
         let mut buffer = Vec::new();
         for rows in self.chunks() {
             input.write(rows.start, self.block.begin(self.x.read(rows, &mut buffer)?).view())?;
         }
-        Ok(())
+        Ok(input)
     }
 
-    /// Runs a stage: from its input to the input of the next one, adding to the residual stream on the way.
-    pub(crate) fn advance(
+    /// Runs a stage with these linears, which are dropped afterwards: from its input to the input of the next one,
+    /// adding to the residual stream on the way.
+    pub(crate) fn run_stage(
         &mut self,
         stage: usize,
-        input: &mut Activations,
-        output: &mut Activations,
-    ) -> Result<(), Error> {
+        linears: Slots,
+        mut input: Activations,
+        stores: Stores,
+    ) -> Result<Activations, Error> {
+        self.set(linears)?;
+        let mut output =
+            stores.inputs(self.arch.stages.get(stage + 1).map_or(0, |s| s.linears[0].in_features))?;
         let mut buffer = Vec::new();
         for rows in self.chunks() {
             let mut x = self.residual(rows.clone())?;
@@ -116,7 +121,8 @@ impl<'a> Pass<'a> {
                 output.write(rows.start, next.view())?;
             }
         }
-        Ok(())
+        self.arch.slots(stage).for_each(|slot| drop(self.block.take_linear(slot)));
+        Ok(output)
     }
 
     /// Runs the whole block.

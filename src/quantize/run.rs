@@ -6,10 +6,10 @@ use quant_formats::CheckpointWriter;
 use quant_methods::{HessianSum, LayerStats, LayerWeights, Needs};
 use quant_model::{Embedding, Linear, linear};
 
-use super::activations::Activations;
+use super::activations::{Activations, Stores};
 use super::job::{Job, Target};
 use super::memory::Spill;
-use super::pass::Pass;
+use super::pass::{Pass, Slots};
 use super::summary::LayerSummary;
 use crate::calibration::Calibration;
 use crate::config::NonFinite;
@@ -25,9 +25,6 @@ pub(crate) struct Run<'a> {
     /// Weights that were not finite and were replaced with zero.
     pub(crate) zeroed: usize,
 }
-
-/// Linears of a stage by slot.
-type Slots = Vec<(usize, Box<dyn Linear>)>;
 
 impl Run<'_> {
     /// Copies what is not quantized.
@@ -52,12 +49,8 @@ impl Run<'_> {
     pub(crate) fn with_calibration(&mut self, calibration: &Calibration, spill: Spill) -> Result<(), Error> {
         let (source, job) = (&self.job.source, self.job);
         let arch = job.arch.as_ref().expect("a calibrated method has a model");
-        let dir = std::env::temp_dir();
-        let store = |cols: usize, spilled: bool| {
-            let dir = spilled.then_some(dir.as_path());
-            Activations::new(calibration.tokens(), cols, dir).map_err(|e| Error::io(std::env::temp_dir(), e))
-        };
-        let mut x = store(arch.hidden_size, spill.residual)?;
+        let stores = Stores { tokens: calibration.tokens(), spill };
+        let mut x = stores.residual(arch.hidden_size)?;
         let embedding = Embedding::load(arch, source)?;
         for (i, sample) in calibration.samples.iter().enumerate() {
             x.write(i * calibration.seq_len, embedding.embed(sample, 0)?.view())?;
@@ -66,52 +59,53 @@ impl Run<'_> {
 
         self.begin();
         for layer in 0..arch.layers {
-            if self.layers.len() == job.targets.len() {
-                break;
-            }
             let mut pass = Pass::new(arch, layer, source, x, calibration)?;
-            let mut solved = Vec::new();
-            // Without true-sequential the block runs twice: in float while its layers are quantized, then again.
-            let kept = if job.config.true_sequential {
-                None
-            } else {
-                let mut float = store(arch.hidden_size, spill.residual)?;
-                pass.copy_residual(&mut float)?;
-                Some(std::mem::replace(&mut pass.x, float))
-            };
-            let mut input = store(arch.hidden_size, spill.inputs)?;
-            pass.begin(&mut input)?;
-            for stage in 0..arch.stages.len() {
-                let quantized = self.solve_stage(&pass, stage, &mut input)?;
-                let next = arch.stages.get(stage + 1).map_or(0, |s| s.linears[0].in_features);
-                let mut output = store(next, spill.inputs)?;
-                if kept.is_some() {
-                    let slots = arch.slots(stage);
-                    pass.set(
-                        slots
-                            .map(|slot| Ok((slot, self.float_linear(&pass, slot)?)))
-                            .collect::<Result<_, Error>>()?,
-                    )?;
-                    pass.advance(stage, &mut input, &mut output)?;
-                    pass.clear(stage);
-                    solved.extend(quantized);
-                } else {
-                    pass.set(quantized)?;
-                    pass.advance(stage, &mut input, &mut output)?;
-                    pass.clear(stage);
-                }
-                input = output;
+            match job.config.true_sequential {
+                true => self.stage_by_stage(&mut pass, stores)?,
+                false => self.block_at_once(&mut pass, stores)?,
             }
-            drop(input);
-            if let Some(before) = kept {
-                pass.x = before;
-                pass.set(solved)?;
-                pass.forward()?;
+            if self.finished() {
+                break;
             }
             x = pass.x;
         }
         self.progress.end();
         Ok(())
+    }
+
+    /// Each stage sees its inputs behind the quantized stages before it.
+    fn stage_by_stage(&mut self, pass: &mut Pass<'_>, stores: Stores) -> Result<(), Error> {
+        let mut input = pass.begin(stores)?;
+        for stage in 0..pass.arch().stages.len() {
+            let linears = self.solve_stage(pass, stage, &mut input)?;
+            if self.finished() {
+                break;
+            }
+            input = pass.run_stage(stage, linears, input, stores)?;
+        }
+        Ok(())
+    }
+
+    /// All stages see their inputs behind the float stages before them; then the quantized block runs.
+    fn block_at_once(&mut self, pass: &mut Pass<'_>, stores: Stores) -> Result<(), Error> {
+        let before = pass.copy_residual(stores)?;
+        let mut solved = Vec::new();
+        let mut input = pass.begin(stores)?;
+        for stage in 0..pass.arch().stages.len() {
+            solved.extend(self.solve_stage(pass, stage, &mut input)?);
+            let slots = pass.arch().slots(stage);
+            let floats = slots.map(|slot| Ok((slot, self.float_linear(pass, slot)?)));
+            let floats = floats.collect::<Result<_, Error>>()?;
+            input = pass.run_stage(stage, floats, input, stores)?;
+        }
+        drop(input);
+        pass.x = before;
+        pass.set(solved)?;
+        pass.forward()
+    }
+
+    fn finished(&self) -> bool {
+        self.layers.len() == self.job.targets.len()
     }
 
     fn begin(&self) {
@@ -215,11 +209,4 @@ impl Run<'_> {
 fn to_f32(tensor: &DenseTensor, name: &str) -> Result<Vec<f32>, Error> {
     let wrap = |source: TensorError| WeightError::Tensor { name: name.to_owned(), source };
     Ok(tensor.to_f32().map_err(wrap)?)
-}
-
-impl From<std::io::Error> for Error {
-    /// Only the temporary files of spilled activations are read and written without a name at hand.
-    fn from(source: std::io::Error) -> Self {
-        Error::io(std::env::temp_dir(), source)
-    }
 }
