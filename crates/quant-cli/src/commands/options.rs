@@ -71,7 +71,7 @@ pub(crate) struct QuantizeOptions {
     /// Fit all groups before the first column is rounded
     #[arg(long, help_heading = "GPTQ")]
     static_groups: bool,
-    /// Shrink ranges for the least error of this norm, such as 2.4
+    /// Shrink ranges for the least error of this norm; 0 is off [default: 2.4; off with --compat]
     #[arg(long, value_name = "NORM", help_heading = "GPTQ")]
     mse: Option<f32>,
     /// Damping, as a fraction of the mean of the Hessian's diagonal
@@ -115,14 +115,15 @@ impl QuantizeOptions {
             (false, true) => ColumnOrder::Natural,
             (false, false) => ColumnOrder::GroupAware,
         };
+        let compat = self.compat.map(|CompatName::Gptqmodel| Compat::GptqModel);
+        let defaults = compat.map_or_else(GptqOptions::default, GptqOptions::like);
         let gptq = GptqOptions {
             order,
             static_groups: self.static_groups,
-            mse: self.mse,
+            mse: self.mse.map_or(defaults.mse, |norm| Some(norm).filter(|&norm| norm != 0.0)),
             damp: self.damp,
             block_size: self.block_size,
-            compat: self.compat.map(|CompatName::Gptqmodel| Compat::GptqModel),
-            ..GptqOptions::default()
+            ..defaults
         };
         let symmetric = match (self.sym, self.asym) {
             (true, _) => Some(true),
