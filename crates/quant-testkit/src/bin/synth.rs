@@ -1,5 +1,7 @@
 //! Writes checkpoints with random weights.
 
+#![forbid(unsafe_code)]
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
