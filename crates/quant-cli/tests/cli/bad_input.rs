@@ -89,7 +89,8 @@ fn sizes_that_do_not_fit_are_all_listed_at_once() {
         return;
     }
     let run = run.fails(&["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "32", "172"]);
-    assert!(start.elapsed() < Duration::from_secs(1), "before any work");
+    // It takes hundredths of a second; machines that run many tests at once are slow.
+    assert!(start.elapsed() < Duration::from_secs(5), "before any work");
     let offered = ["--exclude", "row", "-1"].iter().any(|choice| run.stderr.contains(choice));
     assert!(offered, "choices are offered: {}", run.stderr);
     assert!(model.left_behind().is_empty());
