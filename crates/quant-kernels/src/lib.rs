@@ -26,3 +26,4 @@ pub use dense::{
 pub use error::ShapeError;
 pub use isa::Isa;
 pub use packed::{PackError, PackedMatrix};
+pub use simd::vectorized;
