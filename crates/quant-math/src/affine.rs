@@ -29,10 +29,12 @@ impl Affine {
     }
 
     /// The weight that takes the place of `w`.
+    #[inline(always)]
     pub(crate) fn round(self, max: f32, w: f32) -> f32 {
         (self.code(max, w) - f32::from(self.zero)) * self.scale
     }
 
+    #[inline(always)]
     fn code(self, max: f32, w: f32) -> f32 {
         nearest_code(w, self.scale, f32::from(self.zero), max)
     }

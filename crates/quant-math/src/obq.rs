@@ -34,7 +34,7 @@
 //! groups inside a block miss the updates of that block; [`GroupTiming::BlockStart`] does the same.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice};
-use quant_kernels::matmul_nn;
+use quant_kernels::{matmul_nn, vectorized};
 use rayon::prelude::*;
 
 use crate::affine::{Affine, code_bits, nearest_code};
@@ -263,7 +263,11 @@ fn round_block(
         .map_init(Tile::default, |tile, (i, (((w, sums), codes), grids))| {
             tile.load(w.view(), sums);
             let at = |e: GroupOverflow| GroupOverflow { row: i * LANES + e.row, ..e };
-            let loss = tile.round(factor, grouping, block, i * LANES, grids).map_err(at)?;
+            let loss = vectorized(
+                #[inline(always)]
+                || tile.round(factor, grouping, block, i * LANES, grids),
+            )
+            .map_err(at)?;
             tile.store(w, codes);
             Ok(loss)
         })
@@ -317,6 +321,7 @@ impl Tile {
     }
 
     /// Rounds all columns. `first_row` is the tile's first in the matrix, `grids` are those of its rows.
+    #[inline(always)]
     fn round(
         &mut self,
         factor: &Factor<'_>,
@@ -368,6 +373,7 @@ impl Tile {
     }
 
     /// Rounds column `c` and adds its error to the sums of the columns after it.
+    #[inline(always)]
     fn round_column(
         &mut self,
         c: usize,
@@ -397,6 +403,7 @@ impl Tile {
     }
 
     /// `x <- sums[from..to] R⁻¹` with the factor's block of these columns.
+    #[inline(always)]
     fn solve(&mut self, factor: &Factor<'_>, from: usize, to: usize) {
         self.x.clear();
         self.x.extend_from_slice(&self.sums[from..to]);

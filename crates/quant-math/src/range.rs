@@ -1,6 +1,7 @@
 //! Finding a scale and a zero point for a group of weights.
 
 use half::f16;
+use quant_kernels::vectorized;
 
 use crate::affine::Affine;
 
@@ -58,39 +59,40 @@ impl GridFit {
     /// The grid of a group of finite weights.
     pub fn fit(&self, w: &[f32]) -> Result<Affine, ScaleOverflow> {
         let (low, high) = self.range(w);
-        let max = f32::from(self.max_code());
         let mut best = self.grid(low, high).map_err(|scale| {
             let extreme = w.iter().enumerate().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs()));
             let (index, &value) = extreme.unwrap_or((0, &0.0));
             ScaleOverflow { index, value, scale }
         })?;
-        let Some(norm) = self.mse else { return Ok(best) };
+        if let Some(norm) = self.mse {
+            best = vectorized(
+                #[inline(always)]
+                || self.search(w, low, high, norm).unwrap_or(best),
+            );
+        }
+        Ok(best)
+    }
+
+    /// The grid over the part of the range that loses least.
+    #[inline(always)]
+    fn search(&self, w: &[f32], low: f32, high: f32, norm: f32) -> Option<Affine> {
+        let max = f32::from(self.max_code());
         // Relative to the range, so that no power under- or overflows.
         let unit = 1.0 / (high - low);
-        let error = |grid: Affine| {
-            let of = |w: f32| power((grid.round(max, w) - w).abs() * unit, norm);
-            // Eight sums, for vectors of up to eight: one sum is a chain of additions, each waiting for the last.
-            let (eights, rest) = w.as_chunks::<8>();
-            let mut sums = [0.0f32; 8];
-            for eight in eights {
-                sums.iter_mut().zip(eight).for_each(|(sum, &w)| *sum += of(w));
-            }
-            sums.iter().sum::<f32>() + rest.iter().map(|&w| of(w)).sum::<f32>()
-        };
-        let mut least = f32::INFINITY;
+        let (mut best, mut least) = (None, f32::INFINITY);
         for step in 0..SHRINK_STEPS {
             let part = (1.0 - step as f64 / 100.0) as f32;
             // Below the full range only a shrunk one can be, so it does not overflow either.
             let Ok(grid) = self.grid(part * low, part * high) else { continue };
             let other = (self.bits == 2 && !self.symmetric).then(|| other_zero(grid, part * low, max));
             for grid in std::iter::once(grid).chain(other) {
-                let error = error(grid);
+                let error = error(w, grid, max, unit, norm, least);
                 if error < least {
-                    (least, best) = (error, grid);
+                    (least, best) = (error, Some(grid));
                 }
             }
         }
-        Ok(best)
+        best
     }
 
     /// The range to be covered; never empty.
@@ -126,6 +128,31 @@ impl GridFit {
     }
 }
 
+/// `Σ |unit (w - ŵ)|^norm`, or a partial sum that has reached `limit`.
+#[inline(always)]
+fn error(w: &[f32], grid: Affine, max: f32, unit: f32, norm: f32, limit: f32) -> f32 {
+    let of = |w: f32| power((grid.round(max, w) - w).abs() * unit, norm);
+    // Eight sums, for vectors of up to eight: one sum is a chain of additions, each waiting for the last.
+    let mut sums = [0.0f32; 8];
+    for part in w.chunks(32) {
+        let (eights, rest) = part.as_chunks::<8>();
+        for eight in eights {
+            sums.iter_mut().zip(eight).for_each(|(sum, &w)| *sum += of(w));
+        }
+        sums[0] += rest.iter().map(|&w| of(w)).sum::<f32>();
+        if total(&sums) >= limit {
+            break;
+        }
+    }
+    total(&sums)
+}
+
+/// The sum in three steps of independent additions.
+#[inline(always)]
+fn total(s: &[f32; 8]) -> f32 {
+    ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]))
+}
+
 /// `grid` with the other integer next to the ideal zero point `-low / scale`.
 fn other_zero(grid: Affine, low: f32, max: f32) -> Affine {
     let ideal = -low / grid.scale;
@@ -138,11 +165,13 @@ fn other_zero(grid: Affine, low: f32, max: f32) -> Affine {
 ///
 /// Own code rather than the system's, whose bits differ between machines, and one that the compiler can vectorise.
 /// The relative error stays below `p * 1e-5`: comparing ranges needs far less.
+#[inline(always)]
 fn power(x: f32, p: f32) -> f32 {
     exp2(p * log2(x.max(1e-19)))
 }
 
 /// `log2 x` for normal `x`: with `m = x / 2^e` in `[0.7, 1.4)` and `s = (m-1)/(m+1)`, `e + 2/ln 2 (s + s³/3 + ...)`.
+#[inline(always)]
 fn log2(x: f32) -> f32 {
     const HALF_SQRT: u32 = 0x3F33_3333; // 0.7
     let shifted = x.to_bits().wrapping_sub(HALF_SQRT);
@@ -156,6 +185,7 @@ fn log2(x: f32) -> f32 {
 }
 
 /// `2^y` for `y <= 127`, at least `2^-126`; the series of `e^(f ln 2)`, `|f| <= 1/2`, to the sixth power.
+#[inline(always)]
 fn exp2(y: f32) -> f32 {
     let y = y.clamp(-126.0, 127.0);
     // Rounded as in `affine::round_ties_even`, but the integer is read from the significand.

@@ -172,7 +172,11 @@ fn layers_without_usable_statistics_are_rounded() {
     let w = random(n, k, 8);
     let rounded = {
         let layers = vec![LayerWeights { w: w.clone(), spec: QuantSpec::default() }];
-        Rtn::default().quantize(layers, LayerStats::default()).unwrap().remove(0).matrix
+        Rtn::new(RtnOptions { mse: GptqOptions::default().mse })
+            .quantize(layers, LayerStats::default())
+            .unwrap()
+            .remove(0)
+            .matrix
     };
     let good = hessian(k, 1);
     let with = |matrix: Array2<f32>, rows| Some(Hessian { matrix, rows });
