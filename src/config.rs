@@ -1,6 +1,7 @@
 //! What the user asks for.
 
 use quant_core::{GroupSize, QuantSpec, SpecError};
+use quant_formats::{FormatError, Layout, PlannedTensor, layouts};
 use quant_methods::{MethodOptions, Quantizer};
 use regex::Regex;
 
@@ -101,6 +102,34 @@ impl QuantizeConfig {
         let default = self.quantizer()?.default_spec();
         let symmetric = self.symmetric.unwrap_or(default.symmetric);
         Ok(QuantSpec { bits: self.bits, group: self.group, symmetric, ..default })
+    }
+
+    /// The layout that will be written. By default the first that can store such layers if their sizes allow; which
+    /// sizes do is a matter of each layer.
+    pub fn storage(&self) -> Result<&'static dyn Layout, Error> {
+        const FRIENDLY: usize = 4096;
+        if let Some(id) = &self.layout {
+            return Ok(quant_formats::layout(id)?);
+        }
+        let spec = self.spec()?;
+        let fits = |layout: &&&'static dyn Layout| layout.can_store(&spec, FRIENDLY, FRIENDLY).is_ok();
+        Ok(layouts().iter().find(fits).copied().unwrap_or(layouts()[0]))
+    }
+
+    /// Exact bytes on disk of a linear layer of `rows` outputs and `cols` inputs, its bias not counted.
+    ///
+    /// ```
+    /// let config = quant::QuantizeConfig::new("gptq")?;
+    /// // Codes, 32 groups of f16 scales and 4-bit zeros for each output, and a group index for each input.
+    /// let bytes = 14336 * 4096 / 2 + 32 * 14336 * (2 * 2 + 1) / 2 + 4096 * 4;
+    /// assert_eq!(config.estimate(14336, 4096)?, bytes);
+    /// # Ok::<(), quant::Error>(())
+    /// ```
+    pub fn estimate(&self, rows: usize, cols: usize) -> Result<u64, Error> {
+        let (layout, spec) = (self.storage()?, self.spec()?);
+        layout.can_store(&spec, rows, cols).map_err(FormatError::from)?;
+        let tensors = layout.planned(&spec, rows, cols, "", None);
+        Ok(tensors.iter().filter_map(PlannedTensor::byte_len).sum())
     }
 
     /// Checks everything that can be checked without a checkpoint.

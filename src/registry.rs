@@ -66,6 +66,17 @@ pub fn kernels() -> Vec<Entry> {
     Isa::ALL.into_iter().map(entry).collect()
 }
 
+/// True if a method, layout, architecture or kernel of this name can be used on this machine.
+///
+/// ```
+/// assert!(quant::registry::is_available("gptq"));
+/// assert!(!quant::registry::is_available("magic"));
+/// ```
+pub fn is_available(name: &str) -> bool {
+    let mut all = [methods(), layouts(), architectures(), kernels()].into_iter().flatten();
+    all.any(|entry| entry.name == name && entry.available)
+}
+
 /// What [`info`] tells.
 #[derive(Clone, Debug, Serialize)]
 pub struct Info {

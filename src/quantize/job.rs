@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use quant_core::{QuantSpec, WeightSource};
-use quant_formats::{Checkpoint, Layout, PlannedTensor, layouts};
+use quant_formats::{Checkpoint, Layout, PlannedTensor};
 use quant_methods::{Needs, Quantizer};
 use quant_model::ArchSpec;
 use serde_json::Value;
@@ -64,10 +64,7 @@ impl<'a> Job<'a> {
         config.validate()?;
         let quantizer = config.quantizer()?;
         let spec = config.spec()?;
-        let layout = match &config.layout {
-            Some(id) => quant_formats::layout(id)?,
-            None => default_layout(&spec),
-        };
+        let layout = config.storage()?;
         let arch = match source.config() {
             Value::Null if quantizer.needs() == Needs::None => None,
             Value::Null => return Err(Error::NoModel { method: config.method.clone() }),
@@ -164,11 +161,4 @@ impl<'a> Job<'a> {
         let bytes: u64 = self.targets.iter().map(Target::weight_bytes).sum();
         if weights == 0 { 0.0 } else { 8.0 * bytes as f64 / weights as f64 }
     }
-}
-
-/// The first layout that can store such layers if their sizes allow; which sizes do is told later, by layer.
-fn default_layout(spec: &QuantSpec) -> &'static dyn Layout {
-    const FRIENDLY: usize = 4096;
-    let fits = |layout: &&&'static dyn Layout| layout.can_store(spec, FRIENDLY, FRIENDLY).is_ok();
-    layouts().iter().find(fits).copied().unwrap_or(layouts()[0])
 }
