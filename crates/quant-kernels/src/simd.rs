@@ -150,40 +150,6 @@ pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     run(crate::isa::active(), Plain(f))
 }
 
-/// Eight neighbouring numbers in each row of a panel `[count, stride]` from some column on.
-pub(crate) struct Eights<'a> {
-    start: *mut f32,
-    stride: usize,
-    next: usize,
-    count: usize,
-    panel: std::marker::PhantomData<&'a mut [f32]>,
-}
-
-impl<'a> Eights<'a> {
-    /// `panel` starts at the first number of the first eight; its last row may end with the eight.
-    #[inline(always)]
-    pub(crate) fn new(panel: &'a mut [f32], stride: usize, count: usize) -> Self {
-        assert!(stride >= 8 && (count == 0 || panel.len() >= 8 && (panel.len() - 8) / stride >= count - 1));
-        Eights { start: panel.as_mut_ptr(), stride, next: 0, count, panel: std::marker::PhantomData }
-    }
-}
-
-impl<'a> Iterator for Eights<'a> {
-    type Item = &'a mut [f32; 8];
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<&'a mut [f32; 8]> {
-        if self.next == self.count {
-            return None;
-        }
-        let at = self.next * self.stride;
-        self.next += 1;
-        // SAFETY: `new` found room for `count` eights, of which this is one; they do not overlap, since the stride is
-        // at least 8; the panel is borrowed for 'a.
-        Some(unsafe { &mut *self.start.add(at).cast::<[f32; 8]>() })
-    }
-}
-
 /// Asks for the cache line at an address that will be read soon, if it is one.
 #[inline(always)]
 pub(crate) fn prefetch<T>(address: *const T) {
