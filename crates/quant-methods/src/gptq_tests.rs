@@ -1,6 +1,7 @@
 use ndarray::Array2;
 use proptest::prelude::*;
 use quant_core::{GroupSize, Offset};
+use quant_kernels::isa::{Isa, supported, with_cap};
 use quant_math::HessianSum;
 
 use super::*;
@@ -268,6 +269,23 @@ fn empty_matrices_are_quantized_to_nothing() {
             quantize(options, spec(4, GroupSize::Columns(32), true, &options), &Array2::zeros((0, 64)), &h);
         assert_eq!((matrix.matrix.rows(), matrix.matrix.cols()), (0, 64));
         assert_eq!(matrix.report.rel_error, 0.0);
+    }
+}
+
+#[test]
+fn instruction_sets_do_not_change_a_bit() {
+    let (w, h) = (random(40, 172, 6), hessian(172, 7));
+    // One thread, because a cap holds for the thread that sets it.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    for (options, symmetric) in every_option().zip([true, false].into_iter().cycle()) {
+        let spec = spec(3, GroupSize::Columns(64), symmetric, &options);
+        let run = |isa| pool.install(|| with_cap(isa, || quantize(options, spec, &w, &h)));
+        let scalar = run(Isa::Scalar);
+        for &isa in supported() {
+            let Quantized { matrix, report } = run(isa);
+            assert_eq!(matrix, scalar.matrix, "{isa:?} {options:?}");
+            assert_eq!(report.loss, scalar.report.loss, "{isa:?} {options:?}");
+        }
     }
 }
 
