@@ -4,7 +4,7 @@
 //! - [`dense`] multiplies matrices;
 //! - [`packed`] multiplies by quantized matrices;
 //! - [`attention`] attends to cached keys and values;
-//! - [`vec`] normalises, activates, converts rows.
+//! - [`mod@vec`] normalises, activates, converts rows.
 //!
 //! Every function gives the same bits on every instruction set and for every number of threads. Work is split
 //! over the current rayon pool.

@@ -3,7 +3,7 @@
 //! Elementwise operations are one expression per element. Sums run in [`LANES`] partial sums, element `i` in
 //! number `i % LANES`, which are folded in halves; so the order of additions depends on the length alone. Fused
 //! multiply-adds are used where the formula shows one and nowhere else. Exponentials are polynomials of this
-//! crate ([`math`]), since the system's differ from machine to machine.
+//! crate (`math`), since the system's differ from machine to machine.
 
 mod activation;
 mod convert;
