@@ -59,14 +59,16 @@ fn accumulate(c: &mut Criterion) {
 }
 
 fn cholesky(c: &mut Criterion) {
-    let mut backends: Vec<&dyn Cholesky> = vec![&Blocked];
-    #[cfg(feature = "lapack")]
-    backends.push(&quant_math::cholesky::Lapack);
+    let backends: &[&dyn Cholesky] = &[
+        &Blocked,
+        #[cfg(feature = "lapack")]
+        &quant_math::cholesky::Lapack,
+    ];
     for k in [1024, 4096] {
         let h = hessian(k).matrix;
         let mut group = c.benchmark_group(format!("cholesky/{k}"));
         group.sample_size(10);
-        for backend in &backends {
+        for backend in backends {
             let mut r = h.clone();
             backend.reverse_factor(r.view_mut()).expect("the matrix is positive definite");
             assert!(residual(&r, &h) < 1e-4, "{} is wrong", backend.name());
