@@ -18,7 +18,7 @@ use crate::error::Error;
 /// let model = quant::Model::load(path)?;
 /// let options = quant::GenerateOptions { max_new_tokens: 8, ..Default::default() };
 /// let story = model.generate("once upon a time", &options)?;
-/// assert_eq!(story.text, ", there was a little girl named");
+/// assert_eq!(story.text, ", there was a little girl named lily");
 /// # Ok(())
 /// # }
 /// ```
