@@ -251,13 +251,23 @@ pub fn active() -> Isa {
 ///
 /// Kernels fix their instruction set where they are called, so the tasks that they hand to other threads follow.
 pub fn with_cap<R>(cap: Isa, f: impl FnOnce() -> R) -> R {
+    with_scoped_cap(Some(cap), f)
+}
+
+/// The cap of [`with_cap`] that holds here.
+pub(crate) fn scoped_cap() -> Option<Isa> {
+    SCOPED_CAP.get()
+}
+
+/// Runs `f` under the cap that holds on another thread.
+pub(crate) fn with_scoped_cap<R>(cap: Option<Isa>, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<Isa>);
     impl Drop for Restore {
         fn drop(&mut self) {
             SCOPED_CAP.set(self.0);
         }
     }
-    let _restore = Restore(SCOPED_CAP.replace(Some(cap)));
+    let _restore = Restore(SCOPED_CAP.replace(cap));
     f()
 }
 

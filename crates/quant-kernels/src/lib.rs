@@ -4,7 +4,8 @@
 //! - [`dense`] multiplies matrices;
 //! - [`packed`] multiplies by quantized matrices;
 //! - [`attention`] attends to cached keys and values;
-//! - [`mod@vec`] normalises, activates, converts rows.
+//! - [`mod@vec`] normalises, activates, converts rows;
+//! - [`pool`] runs regions of microseconds on several threads.
 //!
 //! Every function gives the same bits on every instruction set and for every number of threads. Work is split
 //! over the current rayon pool.
@@ -14,6 +15,7 @@ pub mod dense;
 pub mod error;
 pub mod isa;
 pub mod packed;
+pub mod pool;
 pub mod roof;
 mod scratch;
 mod simd;
