@@ -1,7 +1,7 @@
 //! What the user asks for.
 
 use quant_core::{GroupSize, QuantSpec, SpecError};
-use quant_formats::{FormatError, Layout, PlannedTensor, layouts};
+use quant_formats::{FormatError, Layout, PlannedLayer, PlannedTensor, layouts};
 use quant_methods::{MethodOptions, Quantizer};
 use regex::Regex;
 
@@ -112,7 +112,8 @@ impl QuantizeConfig {
             return Ok(quant_formats::layout(id)?);
         }
         let spec = self.spec()?;
-        let fits = |layout: &&&'static dyn Layout| layout.can_store(&spec, FRIENDLY, FRIENDLY).is_ok();
+        let layer = PlannedLayer::new("", &spec, FRIENDLY, FRIENDLY);
+        let fits = |layout: &&&'static dyn Layout| layout.can_store(&layer).is_ok();
         Ok(layouts().iter().find(fits).copied().unwrap_or(layouts()[0]))
     }
 
@@ -127,8 +128,9 @@ impl QuantizeConfig {
     /// ```
     pub fn estimate(&self, rows: usize, cols: usize) -> Result<u64, Error> {
         let (layout, spec) = (self.storage()?, self.spec()?);
-        layout.can_store(&spec, rows, cols).map_err(FormatError::from)?;
-        let tensors = layout.planned(&spec, rows, cols, "", None);
+        let layer = PlannedLayer::new("", &spec, rows, cols);
+        layout.can_store(&layer).map_err(FormatError::from)?;
+        let tensors = layout.planned(&layer);
         Ok(tensors.iter().filter_map(PlannedTensor::byte_len).sum())
     }
 

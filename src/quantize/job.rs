@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use quant_core::{QuantSpec, WeightSource};
-use quant_formats::{Checkpoint, Layout, PlannedTensor};
+use quant_formats::{Checkpoint, Layout, PlannedLayer, PlannedTensor};
 use quant_methods::{Needs, Quantizer};
 use quant_model::ArchSpec;
 use serde_json::Value;
@@ -125,13 +125,14 @@ impl<'a> Job<'a> {
     }
 
     fn add_target(&mut self, module: String, weight: String, (rows, cols): (usize, usize), transposed: bool) {
-        if let Err(unsupported) = self.layout.can_store(&self.spec, rows, cols) {
+        let bias = Some(format!("{module}.bias")).filter(|name| self.source.contains(name));
+        let bias_dtype = bias.as_ref().and_then(|name| self.source.tensor_info(name)).map(|info| info.dtype);
+        let layer = PlannedLayer { bias: bias_dtype, ..PlannedLayer::new(&module, &self.spec, rows, cols) };
+        if let Err(unsupported) = self.layout.can_store(&layer) {
             self.problems.push(Problem { tensor: Some(module), message: unsupported.to_string() });
             return;
         }
-        let bias = Some(format!("{module}.bias")).filter(|name| self.source.contains(name));
-        let bias_dtype = bias.as_ref().and_then(|name| self.source.tensor_info(name)).map(|info| info.dtype);
-        let tensors = self.layout.planned(&self.spec, rows, cols, &module, bias_dtype);
+        let tensors = self.layout.planned(&layer);
         let stored_width = self.source.tensor_info(&weight).map_or(4, |info| info.dtype.bits().div_ceil(8));
         self.by_module.insert(module.clone(), self.targets.len());
         self.targets.push(Target { module, weight, bias, rows, cols, transposed, stored_width, tensors });

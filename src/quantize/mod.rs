@@ -15,6 +15,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::Instant;
 
+use quant_core::ActSpec;
 use quant_formats::{Checkpoint, CheckpointWriter, StoredModel, WriteOptions, planned_files};
 use quant_methods::Needs;
 use serde_json::{Map, Value, json};
@@ -281,7 +282,8 @@ fn write_side_files(job: &Job<'_>, writer: &CheckpointWriter) -> Result<(), Erro
             exceptions.extend(modules.filter(|m| !job.by_module.contains_key(m)).map(|m| (m, None)));
         }
     }
-    let stored = StoredModel { spec: &job.spec, exceptions: &exceptions, meta: &meta };
+    let stored =
+        StoredModel { spec: &job.spec, input: &ActSpec::Float, exceptions: &exceptions, meta: &meta };
     let quantization = job.layout.config(&stored);
     for (name, bytes) in job.layout.side_files(&quantization) {
         writer.write_file(&name, &bytes)?;

@@ -26,9 +26,10 @@ impl QuantizedLinear {
 }
 
 /// How activations are quantized at the input of a layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum ActSpec {
     /// Not at all.
+    #[default]
     Float,
     /// With a scale found at run time.
     Dynamic {

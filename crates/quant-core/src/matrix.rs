@@ -11,7 +11,7 @@ use crate::error::MatrixError;
 use crate::grid::Grid;
 use crate::groups::Groups;
 use crate::params::Params;
-use crate::spec::{GridKind, GroupSize, QuantSpec};
+use crate::spec::{GroupSize, QuantSpec};
 
 /// A weight matrix `[rows, cols]` = `[out, in]` held in few bits. A plain value: no file, no method, no CPU.
 ///
@@ -283,33 +283,35 @@ impl QuantizedMatrix {
 
     /// What this matrix is, in the terms a method was asked in. Derived, never stored.
     pub fn spec(&self) -> QuantSpec {
+        let (rows, cols) = (self.rows(), self.cols());
         QuantSpec {
             bits: self.codes.bits(),
-            grid: match self.grid {
-                Grid::Int { .. } => GridKind::Int,
-                Grid::Table(_) => GridKind::Table,
-            },
+            grid: self.grid.kind(),
             group: match self.groups {
                 Groups::Tensor => GroupSize::Tensor,
-                Groups::Row { len } if len >= self.cols() => GroupSize::Row,
-                Groups::Row { len } | Groups::Flat { len } | Groups::Tile { cols: len, .. } => {
-                    GroupSize::Columns(len)
-                }
-                Groups::Strided { count } => GroupSize::Columns(self.rows() * self.cols() / count),
-                Groups::Index { count, .. } => GroupSize::Columns(self.cols().div_ceil(count.max(1))),
+                Groups::Row { len } if len >= cols => GroupSize::Row,
+                Groups::Row { len } => GroupSize::Columns(len),
+                Groups::Tile { rows, cols } => GroupSize::Tile { rows, cols },
+                Groups::Flat { len } => GroupSize::Flat(len),
+                Groups::Strided { count } => GroupSize::Strided((rows * cols).div_ceil(count.max(1))),
+                Groups::Index { count, .. } => GroupSize::Columns(cols.div_ceil(count.max(1))),
             },
+            scales: self.scales.kind(),
             symmetric: self.is_symmetric(),
             act_order: self.input_perm.is_some() || matches!(self.groups, Groups::Index { .. }),
         }
     }
 
-    /// True if every zero point is the middle of the code range (or there is none).
+    /// True if every zero point is the middle of the code range, or there is none beside a table.
     fn is_symmetric(&self) -> bool {
         let middle = f32::from(1u8 << (self.codes.bits() - 1));
-        match &self.offset {
-            Offset::None => true,
-            Offset::Zero(zeros) => (0..zeros.len()).all(|i| zeros.get(i) == middle),
-            Offset::Shift { .. } => false,
+        match (&self.grid, &self.offset) {
+            (Grid::Int { midpoint }, Offset::None) => *midpoint as f32 == middle,
+            (Grid::Int { midpoint }, Offset::Zero(zeros)) => {
+                (0..zeros.len()).all(|i| zeros.get(i) + *midpoint as f32 == middle)
+            }
+            (Grid::Table(_), Offset::None) => true,
+            (Grid::Table(_), Offset::Zero(_)) | (_, Offset::Shift { .. }) => false,
         }
     }
 

@@ -2,7 +2,9 @@ use half::f16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::grid::GridKind;
 use crate::normal::NormalForm;
+use crate::params::ParamsKind;
 
 /// Every kind of part the type has, in random combination.
 fn any_matrix() -> impl Strategy<Value = QuantizedMatrix> {
@@ -178,6 +180,19 @@ fn spec_is_derived() {
     let mut q = QuantizedMatrix::affine(codes, Groups::Row { len: 4 }, Params::F32(vec![1.0; 4]), zeros, 0);
     let spec = q.spec();
     assert_eq!((spec.bits, spec.group, spec.symmetric), (4, GroupSize::Columns(4), true));
+    assert_eq!((spec.grid, spec.scales), (GridKind::Int, ParamsKind::F32));
     q.offset = Offset::Zero(Params::U8(vec![8, 8, 8, 7]));
     assert!(!q.spec().symmetric);
+    q.offset = Offset::None;
+    assert!(!q.spec().symmetric, "codes around 0 are not");
+    q.grid = Grid::signed(4);
+    assert!(q.spec().symmetric);
+    q.grid = GridKind::Nf4.grid(4).unwrap();
+    for group in [GroupSize::Tensor, GroupSize::Row, GroupSize::Tile { rows: 2, cols: 4 }, GroupSize::Flat(4)]
+    {
+        q.groups = group.groups(2, 8);
+        assert_eq!((q.spec().grid, q.spec().group, q.spec().symmetric), (GridKind::Nf4, group, true));
+    }
+    q.groups = GroupSize::Strided(4).groups(2, 8);
+    assert_eq!((q.spec().group, &q.groups), (GroupSize::Strided(4), &Groups::Strided { count: 4 }));
 }

@@ -45,6 +45,16 @@ pub fn e8m0_to_f32(bits: u8) -> f32 {
     if bits == 0xFF { f32::NAN } else { exp2(i32::from(bits) - 127) }
 }
 
+/// E2M3, a six-bit float: maximum 7.5, no specials. The two high bits are ignored.
+pub fn e2m3_to_f32(bits: u8) -> f32 {
+    decode(bits & 0x3F, 2, 3, 1)
+}
+
+/// E3M2, a six-bit float: maximum 28, no specials. The two high bits are ignored.
+pub fn e3m2_to_f32(bits: u8) -> f32 {
+    decode(bits & 0x3F, 3, 2, 3)
+}
+
 /// E2M1, the four-bit float of MXFP4 and NVFP4, by code.
 pub const E2M1: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];

@@ -66,7 +66,38 @@ pub enum Params {
     Inverse(Box<Params>),
 }
 
+/// How [`Params`] are stored, a global factor apart.
+#[allow(missing_docs)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ParamsKind {
+    F32,
+    F16,
+    BF16,
+    U8,
+    E8M0,
+    E4M3,
+    Nested,
+    Super,
+    Affine8,
+}
+
 impl Params {
+    /// How these parameters are stored.
+    pub fn kind(&self) -> ParamsKind {
+        match self {
+            Params::F32(_) => ParamsKind::F32,
+            Params::F16(_) => ParamsKind::F16,
+            Params::BF16(_) => ParamsKind::BF16,
+            Params::U8(_) => ParamsKind::U8,
+            Params::E8M0(_) => ParamsKind::E8M0,
+            Params::E4M3(_) => ParamsKind::E4M3,
+            Params::Nested { .. } => ParamsKind::Nested,
+            Params::Super { .. } => ParamsKind::Super,
+            Params::Affine8 { .. } => ParamsKind::Affine8,
+            Params::Scaled { base, .. } | Params::Inverse(base) => base.kind(),
+        }
+    }
+
     /// Number of parameters.
     pub fn len(&self) -> usize {
         match self {

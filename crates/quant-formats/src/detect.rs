@@ -20,7 +20,7 @@ struct Family {
 }
 
 const FAMILIES: &[Family] = &[
-    Family { id: "awq", methods: &["awq"], suffixes: &[".scaled_zeros"] },
+    Family { id: "awq", methods: &["awq"], suffixes: &[".scaled_zeros", ".qweight"] },
     Family { id: "bitsandbytes", methods: &["bitsandbytes"], suffixes: &[".SCB", ".weight.absmax"] },
     Family { id: "hqq", methods: &["hqq"], suffixes: &[".W_q"] },
     Family { id: "sinq", methods: &["sinq"], suffixes: &[".meta.scale2"] },
@@ -127,27 +127,21 @@ fn by_tensors<'a>(
     tensors: impl Iterator<Item = (&'a str, DType, &'a [usize])> + Clone,
     config: Value,
 ) -> Result<Detected, FormatError> {
-    let mut packed = false;
-    for (name, dtype, _) in tensors.clone() {
-        if let Some(family) = FAMILIES.iter().find(|f| f.suffixes.iter().any(|s| name.ends_with(s))) {
+    let ends =
+        |suffixes: &[&str]| tensors.clone().map(|(name, ..)| name).find(|n| ends_with_any(n, suffixes));
+    if let Some(layout) = layout::layouts().iter().find(|layout| ends(layout.known_by()).is_some()) {
+        return Ok(Some((*layout, config)));
+    }
+    for family in FAMILIES {
+        if let Some(name) = ends(family.suffixes) {
             return Err(not_yet(family.id, format!("tensor {}", crate::display_name(name))));
         }
-        let known = |layout: &&&'static dyn Layout| layout.known_by().iter().any(|end| name.ends_with(end));
-        if let Some(layout) = layout::layouts().iter().find(known) {
-            return Ok(Some((*layout, config)));
-        }
-        match name.rsplit_once('.') {
-            Some((_, "qweight")) if dtype == DType::I16 => {
-                return Err(not_yet("awq", format!("tensor {} of I16", crate::display_name(name))));
-            }
-            Some((_, "qweight")) => packed = true,
-            _ => {}
-        }
-    }
-    if packed {
-        return Err(not_yet("awq", "tensors named qweight, none named g_idx".into()));
     }
     Ok(None)
+}
+
+fn ends_with_any(name: &str, suffixes: &[&str]) -> bool {
+    suffixes.iter().any(|suffix| name.ends_with(suffix))
 }
 
 fn supported_methods() -> String {

@@ -8,7 +8,7 @@ mod gptq;
 use std::collections::BTreeMap;
 
 use ndarray::Array2;
-use quant_core::{DType, DenseTensor, QuantSpec, QuantizedLinear, QuantizedMatrix};
+use quant_core::{ActSpec, DType, DenseTensor, QuantSpec, QuantizedLinear, QuantizedMatrix};
 use serde_json::{Map, Value};
 
 use crate::error::{FormatError, Unsupported};
@@ -27,11 +27,11 @@ pub fn layout(id: &str) -> Result<&'static dyn Layout, FormatError> {
     })
 }
 
-/// The first layout that can store such matrices, or why the first one can't.
-pub fn layout_for(spec: &QuantSpec, rows: usize, cols: usize) -> Result<&'static dyn Layout, Unsupported> {
+/// The first layout that can store such layers, or why the first one can't.
+pub fn layout_for(layer: &PlannedLayer<'_>) -> Result<&'static dyn Layout, Unsupported> {
     let mut refusal = None;
     for &layout in layouts() {
-        match layout.can_store(spec, rows, cols) {
+        match layout.can_store(layer) {
             Ok(()) => return Ok(layout),
             Err(e) => refusal = refusal.or(Some(e)),
         }
@@ -42,6 +42,40 @@ pub fn layout_for(spec: &QuantSpec, rows: usize, cols: usize) -> Result<&'static
         found: String::new(),
         remedy: "it has no layouts".into(),
     }))
+}
+
+/// A linear layer before it is quantized: everything that the types and sizes of its tensors follow from.
+#[derive(Clone, Copy, Debug)]
+pub struct PlannedLayer<'a> {
+    /// Module path.
+    pub module: &'a str,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// What the weight is made to.
+    pub spec: &'a QuantSpec,
+    /// How its inputs are quantized. The numbers of a static scale do not matter here.
+    pub input: &'a ActSpec,
+    /// Type of the bias, if there is one.
+    pub bias: Option<DType>,
+}
+
+impl<'a> PlannedLayer<'a> {
+    /// A layer with float inputs and without bias.
+    pub fn new(module: &'a str, spec: &'a QuantSpec, rows: usize, cols: usize) -> Self {
+        Self { module, rows, cols, spec, input: &ActSpec::Float, bias: None }
+    }
+
+    /// A tensor of this layer.
+    pub(crate) fn part(&self, part: &str, dtype: DType, shape: &[usize]) -> PlannedTensor {
+        PlannedTensor::new(format!("{}.{part}", self.module), dtype, shape)
+    }
+
+    /// The bias, if there is one.
+    pub(crate) fn bias_part(&self) -> Option<PlannedTensor> {
+        self.bias.map(|dtype| self.part("bias", dtype, &[self.rows]))
+    }
 }
 
 /// Tensors by name: a checkpoint, a single file, or a map in memory.
@@ -90,25 +124,18 @@ pub trait Layout: Send + Sync {
     /// modules use too show nothing.
     fn module_of<'a>(&self, tensor: &'a str, dtype: DType) -> Option<&'a str>;
 
-    /// Endings of tensor names that only this layout has, for checkpoints that do not name their method.
+    /// Endings of tensor names that show this layout where no configuration names a method. The first layout of the
+    /// table that has any of its endings in a checkpoint is taken, so special ones stand before general ones.
     fn known_by(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Whether a matrix `[rows, cols]` made to `spec` can be stored: if not, which field stands in the way and
-    /// what to choose instead.
-    fn can_store(&self, spec: &QuantSpec, rows: usize, cols: usize) -> Result<(), Unsupported>;
+    /// Whether such a layer can be stored: if not, which field stands in the way and what to choose instead.
+    fn can_store(&self, layer: &PlannedLayer<'_>) -> Result<(), Unsupported>;
 
-    /// The tensors that [`Layout::write`] will give for a matrix `[rows, cols]` made to `spec`, with the type of
-    /// the bias if there is one. Exact, so that sizes are known before any work.
-    fn planned(
-        &self,
-        spec: &QuantSpec,
-        rows: usize,
-        cols: usize,
-        module: &str,
-        bias: Option<DType>,
-    ) -> Vec<PlannedTensor>;
+    /// The tensors that [`Layout::write`] will give for a layer that can be stored. Exact, so that sizes are known
+    /// before any work.
+    fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor>;
 
     /// The tensors of one layer, with their full names.
     fn write(
@@ -137,6 +164,8 @@ pub trait Layout: Send + Sync {
 pub struct StoredModel<'a> {
     /// What most modules were quantized to.
     pub spec: &'a QuantSpec,
+    /// How most modules quantize their inputs; a static scale is each module's own.
+    pub input: &'a ActSpec,
     /// Modules of the decoder that differ: another specification, or `None` for those left in float.
     pub exceptions: &'a [(String, Option<QuantSpec>)],
     /// Anything worth noting, such as `damp_percent`.
@@ -150,6 +179,11 @@ pub trait Reader: Send + Sync {
 
     /// What the configuration says of most modules, where it says something.
     fn spec(&self) -> Option<QuantSpec>;
+
+    /// How most modules quantize their inputs, by the configuration.
+    fn input(&self) -> ActSpec {
+        ActSpec::Float
+    }
 
     /// Shape `[out, in]` of a layer. Checks the names, types and shapes of its tensors; reads no weights, at most
     /// the few bytes in which some layouts say what they are.

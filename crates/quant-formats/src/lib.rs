@@ -8,8 +8,8 @@
 //! was found.
 //!
 //! ```
-//! use quant_core::{Codes, DType, Groups, Offset, Params, QuantSpec, QuantizedLinear, QuantizedMatrix};
-//! use quant_formats::{Checkpoint, CheckpointWriter, StoredModel, WriteOptions, layout};
+//! use quant_core::{ActSpec, Codes, DType, Groups, Offset, Params, QuantSpec, QuantizedLinear, QuantizedMatrix};
+//! use quant_formats::{Checkpoint, CheckpointWriter, PlannedLayer, StoredModel, WriteOptions, layout};
 //!
 //! // A 32 x 32 matrix of codes 8 around a zero point of 8, in groups of 16 columns.
 //! let codes = Codes::from_values(4, 32, 32, &[9; 1024])?;
@@ -19,14 +19,14 @@
 //!
 //! let gptq = layout("gptq")?;
 //! let spec = linear.weight.spec();
-//! let plan = gptq.planned(&spec, 32, 32, "up_proj", None);
+//! let plan = gptq.planned(&PlannedLayer::new("up_proj", &spec, 32, 32));
 //! # let dir = tempfile::tempdir()?;
 //! # let out = dir.path().join("model");
 //! let writer = CheckpointWriter::create(&out, &plan, &WriteOptions::default())?;
 //! for (name, tensor) in gptq.write(&linear, "up_proj")? {
 //!     writer.write(&name, &tensor)?;
 //! }
-//! let stored = StoredModel { spec: &spec, exceptions: &[], meta: &Default::default() };
+//! let stored = StoredModel { spec: &spec, input: &ActSpec::Float, exceptions: &[], meta: &Default::default() };
 //! let config = serde_json::json!({ "quantization_config": gptq.config(&stored) });
 //! writer.write_file("config.json", config.to_string().as_bytes())?;
 //! writer.finish()?;
@@ -61,7 +61,7 @@ pub use error::{FormatError, HeaderError, IndexError, NpyError, Unsupported};
 pub use escape::{DisplayName, display_name, display_path};
 pub use file::remove_unfinished;
 pub use hf_cache::resolve_model;
-pub use layout::{Layout, Reader, StoredModel, TensorSource, layout, layout_for, layouts};
+pub use layout::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, layout, layout_for, layouts};
 pub use npy::read_npy_ids;
 pub use safetensors::{SafetensorsFile, TensorInfo};
 pub use sink::{PlannedTensor, SafetensorsWriter, write_safetensors};

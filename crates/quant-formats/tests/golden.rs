@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quant_formats::{Checkpoint, Layout, SafetensorsFile};
+use quant_core::ActSpec;
+use quant_formats::{Checkpoint, Layout, PlannedLayer, SafetensorsFile, StoredModel};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden")
@@ -78,13 +79,15 @@ fn a_plan_is_what_is_written_and_a_config_reads_back() {
             let linear = checkpoint.quantized_linear(module).unwrap().unwrap();
             let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
             let bias = linear.bias.as_ref().map(|b| b.dtype());
-            let plan = layout.planned(&spec, rows, cols, module, bias);
+            let layer = PlannedLayer { bias, ..PlannedLayer::new(module, &spec, rows, cols) };
+            let plan = layout.planned(&layer);
             let written = layout.write(&linear, module).unwrap();
             let names: Vec<_> = plan.iter().map(|p| (p.name.clone(), p.dtype, p.shape.clone())).collect();
             let made: Vec<_> = written.into_iter().map(|(n, t)| (n, t.dtype(), t.shape().to_vec())).collect();
             assert_eq!(names, made);
         }
-        let stored = quant_formats::StoredModel { spec: &spec, exceptions: &[], meta: &Default::default() };
+        let stored =
+            StoredModel { spec: &spec, input: &ActSpec::Float, exceptions: &[], meta: &Default::default() };
         let config = layout.config(&stored);
         let theirs = &checkpoint.config()["quantization_config"];
         for (field, value) in config.as_object().unwrap().iter().filter(|(f, _)| *f != "meta") {

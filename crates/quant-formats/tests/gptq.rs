@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use quant_core::{
-    Codes, DType, DenseTensor, GroupSize, Groups, Offset, Params, Permutation, QuantSpec, QuantizedLinear,
-    QuantizedMatrix,
+    ActSpec, Codes, DType, DenseTensor, GroupSize, Groups, Offset, Params, Permutation, QuantSpec,
+    QuantizedLinear, QuantizedMatrix,
 };
-use quant_formats::{Checkpoint, FormatError, StoredModel, layout, layout_for};
+use quant_formats::{Checkpoint, FormatError, PlannedLayer, StoredModel, layout, layout_for};
 use serde_json::{Value, json};
 
 /// Anything version 2 can hold; version 1 where no zero point is 0.
@@ -147,9 +147,9 @@ fn any_json() -> impl Strategy<Value = Value> {
 fn what_cannot_be_stored_says_why_and_what_instead() {
     let spec = QuantSpec::default();
     let refusal = |id: &str, spec: &QuantSpec, rows, cols| {
-        layout(id).unwrap().can_store(spec, rows, cols).unwrap_err().to_string()
+        layout(id).unwrap().can_store(&PlannedLayer::new("", spec, rows, cols)).unwrap_err().to_string()
     };
-    assert!(layout("gptq").unwrap().can_store(&spec, 64, 128).is_ok());
+    assert!(layout("gptq").unwrap().can_store(&PlannedLayer::new("", &spec, 64, 128)).is_ok());
     assert!(refusal("gptq", &QuantSpec { bits: 5, ..spec }, 64, 128).contains("bits 5: choose 2, 3, 4 or 8"));
     assert!(refusal("gptq", &spec, 64, 172).contains("input size 172"));
     assert!(refusal("gptq", &spec, 50, 128).contains("output size 50"));
@@ -157,8 +157,8 @@ fn what_cannot_be_stored_says_why_and_what_instead() {
     assert!(refusal("gptq", &QuantSpec { group, ..spec }, 64, 128).contains("group size 48"));
     let asymmetric = QuantSpec { symmetric: false, ..spec };
     assert!(refusal("gptq", &asymmetric, 64, 128).contains("gptq_v2"));
-    assert_eq!(layout_for(&spec, 64, 128).unwrap().id(), "gptq");
-    assert_eq!(layout_for(&asymmetric, 64, 128).unwrap().id(), "gptq_v2");
+    assert_eq!(layout_for(&PlannedLayer::new("", &spec, 64, 128)).unwrap().id(), "gptq");
+    assert_eq!(layout_for(&PlannedLayer::new("", &asymmetric, 64, 128)).unwrap().id(), "gptq_v2");
     let error = layout("zork").err().unwrap().to_string();
     assert_eq!(error, "layout zork is unknown; choose one of gptq, gptq_v2");
 }
@@ -168,7 +168,12 @@ fn exceptions_become_rules_that_read_back() {
     let spec = QuantSpec::default();
     let other = QuantSpec { bits: 8, group: GroupSize::Row, ..spec };
     let exceptions = [("layers.1.down".to_owned(), Some(other)), ("layers.1.up".to_owned(), None)];
-    let stored = StoredModel { spec: &spec, exceptions: &exceptions, meta: &Default::default() };
+    let stored = StoredModel {
+        spec: &spec,
+        input: &ActSpec::Float,
+        exceptions: &exceptions,
+        meta: &Default::default(),
+    };
     let gptq = layout("gptq").unwrap();
     let config = gptq.config(&stored);
     assert_eq!(config["dynamic"]["-:^layers\\.1\\.up$"], json!({}));

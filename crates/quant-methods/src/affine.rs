@@ -24,10 +24,9 @@ pub(crate) fn validate(spec: &QuantSpec) -> Result<(), SpecError> {
     if spec.grid != GridKind::Int {
         return Err(SpecError::Option { option: "grid", found: "a table".to_owned(), allowed: "integers" });
     }
-    if spec.group == GroupSize::Tensor {
-        let allowed =
-            "one scale for a whole tensor is too coarse; give columns per group, or -1 for whole rows";
-        return Err(SpecError::Group { found: 0, allowed });
+    if !matches!(spec.group, GroupSize::Row | GroupSize::Columns(_)) {
+        let (found, allowed) = (spec.group.as_config(), "give columns per group, or -1 for whole rows");
+        return Err(SpecError::Group { found, allowed });
     }
     Ok(())
 }

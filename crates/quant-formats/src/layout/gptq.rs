@@ -21,13 +21,13 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use ndarray::Array2;
 use quant_core::{
-    ActSpec, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, QuantSpec,
+    ActSpec, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind,
     QuantizedLinear, QuantizedMatrix, codes,
 };
 use serde_json::{Map, Value, json};
 
 use self::read::GptqReader;
-use super::{Layout, Reader, StoredModel};
+use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
 
@@ -144,8 +144,9 @@ impl Layout for Gptq {
         &[".g_idx"]
     }
 
-    fn can_store(&self, spec: &QuantSpec, rows: usize, cols: usize) -> Result<(), Unsupported> {
-        self.check_geometry(spec.bits, rows, cols)?;
+    fn can_store(&self, layer: &PlannedLayer<'_>) -> Result<(), Unsupported> {
+        let spec = layer.spec;
+        self.check_geometry(spec.bits, layer.rows, layer.cols)?;
         match spec.group {
             GroupSize::Row => {}
             GroupSize::Columns(len) if GROUPS.contains(&len) => {}
@@ -155,11 +156,14 @@ impl Layout for Gptq {
             }
         }
         if spec.grid != GridKind::Int {
-            return Err(self.unsupported(
-                "a table of values",
-                "as grid",
-                "choose a method with integer codes",
-            ));
+            return Err(self.unsupported("grid", spec.grid, "choose a method with integer codes"));
+        }
+        if !matches!(spec.scales, ParamsKind::F16 | ParamsKind::BF16 | ParamsKind::F32) {
+            let remedy = "gptq has scales of F16, BF16 or F32";
+            return Err(self.unsupported("scales", format!("{:?}", spec.scales), remedy));
+        }
+        if *layer.input != ActSpec::Float {
+            return Err(self.unsupported("quantized activations", "beside codes", "choose another layout"));
         }
         if self.version == Version::V1 && !spec.symmetric {
             let remedy = "version 1 has no zero point of 0; choose gptq_v2, or a symmetric grid";
@@ -168,25 +172,22 @@ impl Layout for Gptq {
         Ok(())
     }
 
-    fn planned(
-        &self,
-        spec: &QuantSpec,
-        rows: usize,
-        cols: usize,
-        module: &str,
-        bias: Option<DType>,
-    ) -> Vec<PlannedTensor> {
+    fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor> {
+        let &PlannedLayer { rows, cols, spec, .. } = layer;
         let bits = usize::from(spec.bits);
         let groups = cols.div_ceil(spec.group.len(cols));
-        let part =
-            |part, dtype, shape: &[usize]| PlannedTensor::new(format!("{module}.{part}"), dtype, shape);
+        let scales = match spec.scales {
+            ParamsKind::F32 => DType::F32,
+            ParamsKind::BF16 => DType::BF16,
+            _ => DType::F16,
+        };
         let mut plan = vec![
-            part("qweight", DType::I32, &[cols * bits / 32, rows]),
-            part("qzeros", DType::I32, &[groups, rows * bits / 32]),
-            part("scales", DType::F16, &[groups, rows]),
-            part("g_idx", DType::I32, &[cols]),
+            layer.part("qweight", DType::I32, &[cols * bits / 32, rows]),
+            layer.part("qzeros", DType::I32, &[groups, rows * bits / 32]),
+            layer.part("scales", scales, &[groups, rows]),
+            layer.part("g_idx", DType::I32, &[cols]),
         ];
-        plan.extend(bias.map(|dtype| part("bias", dtype, &[rows])));
+        plan.extend(layer.bias_part());
         plan
     }
 

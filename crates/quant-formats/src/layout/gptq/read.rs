@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use quant_core::{
-    Codes, DType, DenseTensor, GridKind, GroupSize, Groups, MatrixError, Offset, Params, Permutation,
-    QuantSpec, QuantizedLinear, QuantizedMatrix, codes,
+    Codes, DType, DenseTensor, GridKind, GroupSize, Groups, MatrixError, Offset, Params, ParamsKind,
+    Permutation, QuantSpec, QuantizedLinear, QuantizedMatrix, codes,
 };
 use serde_json::Value;
 
@@ -178,6 +178,7 @@ impl Reader for GptqReader {
             bits: self.config.base.bits?,
             grid: GridKind::Int,
             group,
+            scales: ParamsKind::F16,
             symmetric: self.config.symmetric.unwrap_or(true),
             act_order: self.config.act_order.unwrap_or(false),
         })
