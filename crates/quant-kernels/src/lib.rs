@@ -14,11 +14,13 @@ pub mod attention;
 pub mod dense;
 pub mod error;
 pub mod isa;
+mod mem;
 pub mod packed;
 pub mod pool;
 pub mod roof;
 mod scratch;
 mod simd;
+mod ukr;
 pub mod vec;
 
 pub use attention::{Heads, Mask, attend};
@@ -27,5 +29,5 @@ pub use dense::{
 };
 pub use error::ShapeError;
 pub use isa::Isa;
-pub use packed::{PackError, PackedMatrix};
+pub use packed::{ActScales, Activations, Input, PackError, PackedMatrix};
 pub use simd::vectorized;

@@ -1,10 +1,21 @@
 //! Quantized weights in the order in which the products read them.
 //!
-//! [`PackedMatrix::matmul`] is exact: it gives the bits of [`crate::matmul_nt`] on the dequantized matrix,
-//! without ever holding that matrix. Panels of weights are decoded where they are multiplied, element by element
-//! in the steps that [`QuantizedMatrix::dequantize`] takes.
+//! One packed copy serves two products, for any number of rows and on every instruction set:
+//!
+//! - [`PackedMatrix::matmul`] is exact. Panels of weights are decoded where they are multiplied, element by element
+//!   in the steps that [`QuantizedMatrix::dequantize`] takes. Columns are summed in stored order, which differs
+//!   from the order of the features where groups are not contiguous (act-order): the bits are those of
+//!   [`crate::matmul_nt`] on weights and activations in that order.
+//! - [`PackedMatrix::matmul_with`] is fast: activations are rounded to eight bits, see [`Activations`], and codes
+//!   are multiplied as integers. The same bits come out everywhere here, too.
 
-mod octets;
+pub(crate) mod act;
+pub(crate) mod blocks;
+mod fill;
+mod panels;
+pub(crate) mod params;
+pub(crate) mod planes;
+mod product;
 #[cfg(test)]
 mod tests;
 
@@ -13,9 +24,11 @@ use quant_core::{MatrixError, QuantizedMatrix};
 use rayon::prelude::*;
 use thiserror::Error;
 
-use self::octets::Octets;
+pub use self::act::{ActScales, Activations, Input};
+use self::panels::Panels;
 use crate::dense::{self, Plain};
 use crate::error::ShapeError;
+use crate::ukr::{HEIGHTS, table};
 use crate::{isa, simd};
 
 /// A matrix that cannot be packed.
@@ -33,9 +46,9 @@ pub struct PackedMatrix(Layout);
 
 #[derive(Clone, Debug)]
 enum Layout {
-    /// Eight rows side by side, decoded panel by panel.
-    Octets(Octets),
-    /// A geometry without a panel decoder: rows are dequantized strip by strip.
+    /// Sixteen rows side by side.
+    Panels(Box<Panels>),
+    /// A geometry that panels do not suit: rows are dequantized strip by strip.
     Rows(Box<QuantizedMatrix>),
 }
 
@@ -46,8 +59,8 @@ impl PackedMatrix {
     /// Packs a matrix, which is dropped on the way: a layer is never held twice for longer than this call.
     pub fn pack(matrix: QuantizedMatrix) -> Result<Self, PackError> {
         matrix.validate()?;
-        Ok(PackedMatrix(match Octets::pack(&matrix) {
-            Some(octets) => Layout::Octets(octets),
+        Ok(PackedMatrix(match Panels::pack(&matrix) {
+            Some(panels) => Layout::Panels(Box::new(panels)),
             None => Layout::Rows(Box::new(matrix)),
         }))
     }
@@ -55,7 +68,7 @@ impl PackedMatrix {
     /// `[out, in]`.
     pub fn shape(&self) -> (usize, usize) {
         match &self.0 {
-            Layout::Octets(octets) => octets.shape(),
+            Layout::Panels(panels) => (panels.rows, panels.cols),
             Layout::Rows(matrix) => (matrix.rows(), matrix.cols()),
         }
     }
@@ -63,12 +76,12 @@ impl PackedMatrix {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Layout::Octets(octets) => octets.bytes(),
+            Layout::Panels(panels) => panels.bytes(),
             Layout::Rows(matrix) => matrix.byte_len(),
         }
     }
 
-    /// `out = x · wᵀ` with `x: [m, in]`, `out: [m, out]`.
+    /// `out = x · wᵀ` with `x: [m, in]`, `out: [m, out]`, exact.
     pub fn matmul(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
         let (rows, cols) = self.shape();
         dense::check_rows("x", &x)?;
@@ -76,11 +89,53 @@ impl PackedMatrix {
         dense::check_shape("x", [x.nrows(), cols], &x)?;
         dense::check_shape("out", [x.nrows(), rows], &out)?;
         match &self.0 {
-            Layout::Octets(octets) => {
-                dense::multiply([x.nrows(), cols, rows], 1.0, Plain::new(x), octets, 0.0, out)
+            Layout::Panels(panels) => {
+                let gathered = panels.input.gather.as_ref().map(|features| {
+                    let columns: Vec<usize> = features.iter().map(|&f| f as usize).collect();
+                    x.select(Axis(1), &columns).as_standard_layout().into_owned()
+                });
+                let x = gathered.as_ref().map_or(x, |gathered| gathered.view());
+                dense::multiply([x.nrows(), cols, rows], 1.0, Plain::new(x), &**panels, 0.0, out)
             }
             Layout::Rows(matrix) => multiply_strips(matrix, x, out),
         }
+    }
+
+    /// What fast products ask of their activations, or `None` if there is no fast product for these weights:
+    /// no kernel takes their grid, or their groups do not lie along rows.
+    pub fn fast_input(&self) -> Option<&Input> {
+        match &self.0 {
+            Layout::Panels(panels) => panels.weights().map(|_| &panels.input),
+            Layout::Rows(_) => None,
+        }
+    }
+
+    /// Name of the kernel that multiplies tiles of `rows` rows (at most 12) in fast products, as
+    /// `q8_u4_12x32_avx512vnni`: activations, weights, tile, instruction set.
+    pub fn kernel_name(&self, rows: usize) -> Option<&'static str> {
+        let weights = match &self.0 {
+            Layout::Panels(panels) => panels.weights()?,
+            Layout::Rows(_) => return None,
+        };
+        let height = HEIGHTS.into_iter().find(|&height| height >= rows)?;
+        Some(table::select(isa::active(), weights, height).name)
+    }
+
+    /// `out = x · wᵀ` with `x: [m, in]` rounded to eight bits, `out: [m, out]`.
+    ///
+    /// Panics if there is no fast product ([`PackedMatrix::fast_input`] is `None`), or if the activations were
+    /// made for another input.
+    pub fn matmul_with(&self, x: &Activations, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
+        dense::check_rows("out", &out)?;
+        dense::check_shape("out", [x.rows(), self.shape().0], &out)?;
+        let fast = match &self.0 {
+            Layout::Panels(panels) => panels.weights().map(|weights| (panels, weights)),
+            Layout::Rows(_) => None,
+        };
+        let (panels, weights) = fast.expect("a matrix with a fast input");
+        assert!(x.input() == Some(&panels.input), "activations for the input of this matrix");
+        product::multiply(panels, weights, x, out);
+        Ok(())
     }
 
     /// Row `r` in f32, `out: [in]` (embedding lookup).
@@ -95,7 +150,7 @@ impl PackedMatrix {
             return Err(ShapeError::Row { found: r, rows });
         }
         match &self.0 {
-            Layout::Octets(octets) => simd::run(isa::active(), octets::DecodeRow { octets, row: r, out }),
+            Layout::Panels(panels) => simd::run(isa::active(), panels::DecodeRow { panels, row: r, out }),
             Layout::Rows(matrix) => matrix.dequantize_row(r, out),
         }
         Ok(())

@@ -1,15 +1,30 @@
 //! Packed products and rows have the bits of the dense ones on the dequantized matrix.
 
 use half::{bf16, f16};
-use ndarray::{Array, Array2};
+use ndarray::{Array, Array2, s};
 use proptest::prelude::*;
-use quant_core::{Codes, ColScale, DenseTensor, Grid, Groups, Offset, Outliers, Params, Permutation};
+use quant_core::{
+    Codes, ColScale, DenseTensor, Grid, Groups, NormalForm, Offset, Outliers, Params, Permutation,
+};
 
 use super::*;
+use crate::Isa;
 
 fn same_bits(a: &Array2<f32>, b: &Array2<f32>) -> bool {
     a.dim() == b.dim()
         && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()))
+}
+
+/// The feature of each column in the order of the sums.
+fn order(packed: &PackedMatrix) -> Vec<usize> {
+    let gather = match &packed.0 {
+        Layout::Panels(panels) => panels.input.gather.as_ref(),
+        Layout::Rows(_) => None,
+    };
+    match gather {
+        Some(gather) => gather.iter().map(|&feature| feature as usize).collect(),
+        None => (0..packed.shape().1).collect(),
+    }
 }
 
 /// Checks products of a few heights and every row, on every instruction set.
@@ -18,21 +33,116 @@ fn check(matrix: &QuantizedMatrix) {
     let (rows, cols) = dense.dim();
     let packed = PackedMatrix::pack(matrix.clone()).unwrap();
     assert_eq!(packed.shape(), (rows, cols));
+    let order = order(&packed);
+    let sorted = |matrix: &Array2<f32>| matrix.select(Axis(1), &order).as_standard_layout().into_owned();
     for m in [1, 2, 3, 7] {
         let x = Array::from_shape_fn((m, cols), |(i, k)| ((i * 31 + k * 17) % 23) as f32 * 0.37 - 4.0);
         let mut expected = Array2::zeros((m, rows));
-        dense::matmul_nt(x.view(), dense.view(), expected.view_mut()).unwrap();
+        dense::matmul_nt(sorted(&x).view(), sorted(&dense).view(), expected.view_mut()).unwrap();
         for &cap in isa::supported() {
             let mut out = Array2::zeros((m, rows));
             isa::with_cap(cap, || packed.matmul(x.view(), out.view_mut())).unwrap();
             assert!(same_bits(&out, &expected), "{m} rows, {cap}, {matrix:?}");
         }
+        check_fast(matrix, &packed, &x);
     }
     let mut decoded = Array2::zeros((rows, cols));
     for (r, mut out) in decoded.rows_mut().into_iter().enumerate() {
         packed.dequantize_row(r, out.as_slice_mut().unwrap()).unwrap();
     }
     assert!(same_bits(&decoded, &dense), "{matrix:?}");
+}
+
+/// Checks that the fast product has the same bits on every instruction set and row by row, and that it is as near
+/// to the exact one as its rounding allows.
+fn check_fast(matrix: &QuantizedMatrix, packed: &PackedMatrix, x: &Array2<f32>) {
+    let Some(input) = packed.fast_input() else { return };
+    for scales in [ActScales::Group, ActScales::Row] {
+        let product = |cap, x: ArrayView2<'_, f32>| {
+            let mut out = Array2::zeros((x.nrows(), matrix.rows()));
+            isa::with_cap(cap, || {
+                let activations = Activations::new(x, input, scales).unwrap();
+                packed.matmul_with(&activations, out.view_mut()).unwrap();
+            });
+            out
+        };
+        let scalar = product(Isa::Scalar, x.view());
+        for &cap in isa::supported() {
+            assert!(same_bits(&product(cap, x.view()), &scalar), "{cap}, {scales:?}, {matrix:?}");
+        }
+        let last = x.nrows() - 1;
+        let alone = product(isa::detected(), x.slice(s![last.., ..]));
+        assert!(same_bits(&alone, &scalar.slice(s![last.., ..]).to_owned()), "{scales:?}, {matrix:?}");
+        if let Some(form) = matrix.normal_form() {
+            for (x, fast) in x.rows().into_iter().zip(scalar.rows()) {
+                check_bound(packed, &form, &x.to_vec(), fast.as_slice().unwrap(), scales);
+            }
+        }
+    }
+}
+
+/// Holds a row of a fast product to the exact one.
+///
+/// With `x'` the activations after the prologue and `s` their scale, the errors are
+///
+/// - of an activation: half a scale, and 127 relative roundings of the quotient: `s * (1/2 + 2^-15)`;
+/// - of a table's entry: half its step, times the activation, unless the table is exact;
+/// - of f32: each block is rounded 8 times at most, outliers and the factor of the row once each, relative to the
+///   sum of all magnitudes that appear.
+fn check_bound(packed: &PackedMatrix, form: &NormalForm<'_>, x: &[f32], fast: &[f32], scales: ActScales) {
+    let Layout::Panels(panels) = &packed.0 else { panic!("fast products have panels") };
+    let exact = form.gemv(x);
+    let cols = form.codes.cols();
+    let input = &panels.input;
+    let mut stored: Vec<f64> = (0..cols)
+        .map(|c| {
+            let feature = input.gather.as_ref().map_or(c, |gather| gather[c] as usize);
+            f64::from(x[feature] * input.multiply.as_ref().map_or(1.0, |factors| factors[c]))
+        })
+        .collect();
+    input.outliers.iter().for_each(|outlier| stored[outlier.column as usize] = 0.0);
+    let absmax = |x: &[f64]| x.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    let of_row = absmax(&stored);
+    let table_step = match (form.grid, panels.format.table) {
+        (Grid::Table(values), Some(table)) => {
+            let image = |i: usize| (f64::from(table.image[i]) - 128.0) * f64::from(table.step);
+            values.iter().enumerate().fold(0.0f64, |max, (i, &x)| max.max((f64::from(x) - image(i)).abs()))
+        }
+        _ => 0.0,
+    };
+
+    let per_row = cols.div_ceil(form.group_len);
+    let blocks = panels.blocks.list();
+    let mut codes = vec![0; cols];
+    for (n, (exact, fast)) in exact.into_iter().zip(fast).enumerate() {
+        form.codes.unpack_row(n, &mut codes);
+        let (mut bound, mut magnitude) = (0.0, exact.abs());
+        for block in blocks {
+            let columns = block.start as usize..(block.start + block.len) as usize;
+            let group = n * per_row + columns.start / form.group_len;
+            let (scale, bias) = (f64::from(form.scale[group]).abs(), f64::from(form.bias[group]));
+            let here = &stored[columns.clone()];
+            let step = if scales == ActScales::Group { absmax(here) } else { of_row } / 127.0;
+            for (&code, x) in codes[columns].iter().zip(here) {
+                let value = f64::from(form.grid.value(code));
+                let midpoint = f64::from(panels.format.midpoint);
+                let weight = (f64::from(form.scale[group]) * value + bias).abs();
+                let x = x.abs() + step;
+                bound += weight * step * (0.5 + 2f64.powi(-15)) + scale * table_step * x;
+                magnitude += (scale * (value.abs() + midpoint.abs() + 256.0 * table_step) + bias.abs()) * x;
+            }
+        }
+        let kept: f64 = (0..input.outliers.len())
+            .map(|i| {
+                let weight = panels.outliers[i * panels.count() * planes::OUTPUTS + n];
+                f64::from(weight * x[input.outliers[i].feature as usize]).abs()
+            })
+            .sum();
+        let roundings = 8 * blocks.len() + input.outliers.len() + 4;
+        bound += (magnitude + kept) * roundings as f64 * f64::from(f32::EPSILON) / 2.0;
+        let error = (f64::from(*fast) - exact).abs();
+        assert!(error <= bound, "output {n}: {fast} for {exact}, off by {error} of {bound}, {scales:?}");
+    }
 }
 
 fn codes(bits: u8, rows: usize, cols: usize) -> Codes {
@@ -45,8 +155,8 @@ fn scales(n: usize) -> Vec<f32> {
 }
 
 #[test]
-fn usual_layouts_use_octets_and_keep_their_size() {
-    let (rows, cols, group) = (24, 256, 64);
+fn usual_layouts_use_panels_and_keep_their_size() {
+    let (rows, cols, group) = (32, 256, 64);
     for bits in 1..=8 {
         let groups = Groups::Row { len: group };
         let n = groups.count(rows, cols);
@@ -55,15 +165,13 @@ fn usual_layouts_use_octets_and_keep_their_size() {
         let matrix =
             QuantizedMatrix::affine(codes(bits, rows, cols), groups, f16_scales, Offset::Zero(zeros), 0);
         let packed = PackedMatrix::pack(matrix.clone()).unwrap();
-        assert!(matches!(packed.0, Layout::Octets(_)));
-        let stored = if bits <= 4 { usize::from(bits) } else { 8 };
-        assert_eq!(packed.bytes(), rows * cols * stored / 8 + 2 * n + n, "{bits} bits");
+        assert_eq!(packed.bytes(), rows * cols * usize::from(bits) / 8 + 2 * n + n, "{bits} bits");
         check(&matrix);
     }
 }
 
 #[test]
-fn act_order_and_symmetric_grids_use_octets() {
+fn act_order_and_symmetric_grids_use_panels() {
     let (rows, cols) = (20, 96);
     let perm: Vec<u32> = (0..cols as u32).map(|c| c * 35 % cols as u32).collect();
     for scales in [
@@ -74,8 +182,102 @@ fn act_order_and_symmetric_grids_use_octets() {
             QuantizedMatrix::affine(codes(4, rows, cols), Groups::Row { len: 16 }, scales, Offset::None, 8);
         matrix.input_perm = Some(Permutation::new(perm.clone()).unwrap());
         let packed = PackedMatrix::pack(matrix.clone()).unwrap();
-        assert!(matches!(packed.0, Layout::Octets(_)));
+        assert!(matches!(packed.0, Layout::Panels(_)));
         check(&matrix);
+    }
+}
+
+#[test]
+fn one_zero_for_all_is_a_midpoint() {
+    let (rows, cols) = (16, 64);
+    let zeros = Offset::Zero(Params::U8(vec![7; 2 * rows]));
+    let groups = Groups::Row { len: 32 };
+    let mut matrix =
+        QuantizedMatrix::affine(codes(4, rows, cols), groups, Params::F32(scales(2 * rows)), zeros, 1);
+    let packed = PackedMatrix::pack(matrix.clone()).unwrap();
+    let Layout::Panels(panels) = &packed.0 else { panic!("panels") };
+    assert_eq!((panels.format.midpoint, panels.format.offset), (8, crate::ukr::Offset::None));
+    check(&matrix);
+    matrix.offset = Offset::None;
+    let Grid::Int { midpoint } = &mut matrix.grid else { panic!("integers") };
+    *midpoint = -3000;
+    check(&matrix);
+}
+
+#[test]
+fn empty_matrices_and_no_rows_multiply() {
+    for (rows, cols) in [(0, 0), (0, 40), (3, 0), (17, 33)] {
+        let groups = Groups::Row { len: 16 };
+        let n = groups.count(rows, cols);
+        let matrix =
+            QuantizedMatrix::affine(codes(4, rows, cols), groups, Params::F32(scales(n)), Offset::None, 8);
+        check(&matrix);
+        let packed = PackedMatrix::pack(matrix).unwrap();
+        let x = Array2::zeros((0, cols));
+        let mut out = Array2::zeros((0, rows));
+        packed.matmul(x.view(), out.view_mut()).unwrap();
+        let activations = Activations::new(x.view(), packed.fast_input().unwrap(), ActScales::Group).unwrap();
+        packed.matmul_with(&activations, out.view_mut()).unwrap();
+    }
+}
+
+#[test]
+fn many_rows_over_views_have_the_bits_of_each_row_alone() {
+    let (rows, cols, m) = (70, 160, 27);
+    let groups = Groups::Row { len: 32 };
+    let n = groups.count(rows, cols);
+    let zeros = Offset::Zero(Params::F32((0..n).map(|i| 7.0 + (i % 5) as f32 / 4.0).collect()));
+    let packed = QuantizedMatrix::affine(codes(4, rows, cols), groups, Params::F32(scales(n)), zeros, 0);
+    let packed = PackedMatrix::pack(packed).unwrap();
+    let input = packed.fast_input().unwrap();
+    // Views into larger arrays, at odd places.
+    let large = Array::from_shape_fn((m, cols + 3), |(i, k)| ((i * 7 + k * 13) % 29) as f32 - 14.0);
+    let x = large.slice(s![.., 1..=cols]);
+    let mut wide = Array2::zeros((m, rows + 5));
+    let activations = Activations::new(x, input, ActScales::Group).unwrap();
+    packed.matmul_with(&activations, wide.slice_mut(s![.., 3..3 + rows])).unwrap();
+    let mut reused = activations;
+    for i in 0..m {
+        let mut alone = Array2::zeros((1, rows));
+        reused.quantize(x.slice(s![i..=i, ..]), input, ActScales::Group).unwrap();
+        packed.matmul_with(&reused, alone.view_mut()).unwrap();
+        assert!(same_bits(&alone, &wide.slice(s![i..=i, 3..3 + rows]).to_owned()), "row {i}");
+    }
+    assert!(wide.column(2).iter().chain(wide.column(3 + rows)).all(|&x| x == 0.0));
+}
+
+#[test]
+fn a_row_that_is_not_finite_is_nan_and_disturbs_no_other() {
+    let (rows, cols) = (20, 64);
+    let matrix = QuantizedMatrix::affine(
+        codes(8, rows, cols),
+        Groups::Row { len: 32 },
+        Params::F32(scales(2 * rows)),
+        Offset::None,
+        128,
+    );
+    let packed = PackedMatrix::pack(matrix).unwrap();
+    let clean = Array::from_shape_fn((3, cols), |(i, k)| (i * cols + k) as f32 / 50.0 - 1.0);
+    let payload = f32::from_bits(0x7f80_0181);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, payload, -payload] {
+        let mut x = clean.clone();
+        x[[1, 40]] = bad;
+        for scales in [ActScales::Group, ActScales::Row] {
+            for &cap in isa::supported() {
+                let product = |x: &Array2<f32>| {
+                    let mut out = Array2::zeros((3, rows));
+                    let input = packed.fast_input().unwrap();
+                    isa::with_cap(cap, || {
+                        let activations = Activations::new(x.view(), input, scales).unwrap();
+                        packed.matmul_with(&activations, out.view_mut()).unwrap();
+                    });
+                    out
+                };
+                let (with, without) = (product(&x), product(&clean));
+                assert!(with.row(1).iter().all(|x| x.is_nan()), "{bad} {cap}");
+                assert_eq!(with.select(Axis(0), &[0, 2]), without.select(Axis(0), &[0, 2]));
+            }
+        }
     }
 }
 
@@ -147,7 +349,7 @@ fn any_matrix() -> impl Strategy<Value = QuantizedMatrix> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn any_matrix_multiplies_as_its_dequantized_copy(matrix in any_matrix()) {

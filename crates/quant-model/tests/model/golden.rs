@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use ndarray::{Array2, Ix2, s};
-use quant_core::DenseTensor;
+use quant_core::{DenseTensor, Groups};
 use quant_formats::Checkpoint;
 use quant_model::{ArchSpec, Decoder};
 use quant_testkit::{Golden, fixtures_dir};
@@ -95,16 +95,26 @@ fn quantized_checkpoints_too() {
         let ids = golden.ids("input_ids");
         assert_as_exact_as(&logits(&golden, "logits"), &name, checkpoint.config(), &src, &ids);
 
-        // The same weights without the library's rounding, packed: equal to dense ones bit for bit.
+        // The same weights without the library's rounding, packed: equal to dense ones bit for bit. Sums over columns
+        // sorted by group have another order: then the difference is two rounding errors of the size of the reference's.
+        let mut sorted = false;
         for module in checkpoint.quantized_modules() {
-            let weight = checkpoint.quantized_linear(module).unwrap().unwrap().weight.dequantize();
+            let matrix = checkpoint.quantized_linear(module).unwrap().unwrap().weight;
+            sorted |= matrix.input_perm.is_some() || matches!(matrix.groups, Groups::Index { .. });
+            let weight = matrix.dequantize();
             let stored = if spec.conv1d { weight.t().to_owned() } else { weight };
             let values: Vec<f32> = stored.iter().copied().collect();
             src.0.insert(format!("{module}.weight"), DenseTensor::from_f32(stored.shape(), &values));
         }
         let packed = Decoder::load(checkpoint.config(), &checkpoint).unwrap().logits(&ids).unwrap();
         let dense = Decoder::load(checkpoint.config(), &src).unwrap().logits(&ids).unwrap();
-        assert_eq!(packed, dense, "{name}");
+        if sorted {
+            let (packed, dense) = (packed.mapv(f64::from), dense.mapv(f64::from));
+            let scale = dense.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+            assert!(max_difference(&packed, &dense) < 1e-5 * scale, "{name}");
+        } else {
+            assert_eq!(packed, dense, "{name}");
+        }
         count += 1;
     }
     assert!(count >= 11, "{count} checkpoints");

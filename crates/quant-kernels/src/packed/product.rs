@@ -1,0 +1,160 @@
+//! The fast product: int8 activations times packed weights, tile by tile.
+
+use std::ops::Range;
+
+use ndarray::{ArrayViewMut2, Axis};
+
+use super::act::{Activations, Tile};
+use super::panels::Panels;
+use super::planes::OUTPUTS;
+use crate::simd::{self, Vector, Work};
+use crate::ukr::{Call, HEIGHTS, Kernel, MOST_PANELS, Weights, table};
+use crate::{isa, pool};
+
+/// Bytes of activations that a thread goes through again and again, panel after panel: three quarters of a level-2
+/// cache of 1 MiB.
+const ROWS_BUDGET: usize = 768 << 10;
+
+/// Multiplications below which a product stays on the calling thread.
+const SERIAL: usize = 1 << 18;
+
+/// `out = x · wᵀ`. Shapes, input and weights are checked by the caller.
+pub(super) fn multiply(panels: &Panels, weights: Weights, x: &Activations, out: ArrayViewMut2<'_, f32>) {
+    let isa = isa::active();
+    let kernel = |height| table::select(isa, weights, height);
+    let kernels = HEIGHTS.map(kernel);
+    let starts = x.starts(panels.format.midpoint, kernels[0].center);
+    let product = Product { panels, x, starts: &starts, kernels };
+
+    let work = x.rows().saturating_mul(panels.rows).saturating_mul(panels.cols);
+    let threads = if work <= SERIAL { 1 } else { pool::threads() };
+    let mut tasks = product.cut(threads, out);
+    if threads == 1 {
+        tasks.iter_mut().for_each(|task| simd::run(isa, task));
+    } else {
+        pool::for_each(&mut tasks, |task| simd::run(isa, task));
+    }
+}
+
+struct Product<'a> {
+    panels: &'a Panels,
+    x: &'a Activations,
+    /// See [`Activations::starts`].
+    starts: &'a [i32],
+    /// One for each of [`HEIGHTS`].
+    kernels: [&'static Kernel; HEIGHTS.len()],
+}
+
+/// Some tiles times some panels.
+struct Task<'a> {
+    product: &'a Product<'a>,
+    tiles: Range<usize>,
+    panels: Range<usize>,
+    out: ArrayViewMut2<'a, f32>,
+}
+
+impl Product<'_> {
+    /// Blocks of rows that stay in cache, times as many ranges of panels as there are threads.
+    fn cut<'a>(&'a self, threads: usize, out: ArrayViewMut2<'a, f32>) -> Vec<Task<'a>> {
+        let tiles = self.x.tiles();
+        let tile_bytes = HEIGHTS[HEIGHTS.len() - 1] * self.panels.blocks.padded();
+        let together = (ROWS_BUDGET / tile_bytes.max(1)).max(1);
+        let count = self.panels.count();
+        let wide = count.div_ceil(threads).next_multiple_of(MOST_PANELS).max(MOST_PANELS);
+
+        let mut tasks = Vec::new();
+        let mut right = out;
+        for first in (0..count).step_by(wide) {
+            let panels = first..count.min(first + wide);
+            let outputs = (panels.len() * OUTPUTS).min(right.ncols());
+            let (mut below, rest) = right.split_at(Axis(1), outputs);
+            right = rest;
+            for first in (0..tiles.len()).step_by(together) {
+                let here = first..tiles.len().min(first + together);
+                let rows = tiles[here.clone()].iter().map(|tile| tile.rows.len()).sum();
+                let (out, rest) = below.split_at(Axis(0), rows);
+                below = rest;
+                tasks.push(Task { product: self, tiles: here, panels: panels.clone(), out });
+            }
+        }
+        tasks
+    }
+
+    fn kernel(&self, tile: &Tile) -> &'static Kernel {
+        let index =
+            HEIGHTS.iter().position(|&height| height == tile.height).expect("tiles have these heights");
+        self.kernels[index]
+    }
+}
+
+impl Work for &mut Task<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self, _: V) {
+        let tiles = &self.product.x.tiles()[self.tiles.clone()];
+        // All tiles but the last have the greatest height, and one kernel.
+        let full = tiles.iter().take_while(|tile| tile.height == HEIGHTS[HEIGHTS.len() - 1]).count();
+        for first in self.panels.clone().step_by(MOST_PANELS) {
+            let panels = first..self.panels.end.min(first + MOST_PANELS);
+            for tiles in [0..full, full..tiles.len()] {
+                self.multiply(tiles, panels.clone());
+            }
+        }
+    }
+}
+
+impl Task<'_> {
+    /// Tiles of one kernel times some panels.
+    #[inline(always)]
+    fn multiply(&mut self, tiles: Range<usize>, panels: Range<usize>) {
+        let Product { panels: weights, x, starts, .. } = *self.product;
+        let Some(tile) = x.tiles()[self.tiles.clone()].get(tiles.start) else { return };
+        let kernel = self.product.kernel(tile);
+        let mut sums = [0.0; HEIGHTS[HEIGHTS.len() - 1] * MOST_PANELS * OUTPUTS];
+        let width = kernel.panels * OUTPUTS;
+        let sums = &mut sums[..kernel.height * width];
+        for first in panels.clone().step_by(kernel.panels) {
+            // Where panels run out, the last stands in and what comes of it is dropped.
+            let mut streams = [&[][..]; MOST_PANELS];
+            for (i, stream) in streams.iter_mut().enumerate() {
+                *stream = weights.panel((first + i).min(panels.end - 1));
+            }
+            for t in tiles.clone() {
+                let index = self.tiles.start + t;
+                kernel.run(Call {
+                    blocks: &weights.blocks,
+                    format: &weights.format,
+                    panels: &streams[..kernel.panels],
+                    rows: x.tile(index, starts),
+                    out: sums,
+                });
+                for (row, sums) in x.tiles()[index].rows.clone().zip(sums.chunks_exact_mut(width)) {
+                    self.store(row, first, sums);
+                }
+            }
+        }
+    }
+
+    /// Writes the sums of a row for outputs from panel `first` on.
+    #[inline(always)]
+    fn store(&mut self, row: usize, first: usize, sums: &mut [f32]) {
+        let Product { panels: weights, x, .. } = *self.product;
+        let output = first * OUTPUTS;
+        let outputs = sums.len().min(weights.rows - output);
+        let sums = &mut sums[..outputs];
+        if let Some(scale) = &weights.row_scale {
+            sums.iter_mut().zip(&scale[output..]).for_each(|(sum, scale)| *sum *= scale);
+        }
+        let padded = weights.count() * OUTPUTS;
+        for (i, x) in x.outliers(row).iter().enumerate() {
+            let column = &weights.outliers[i * padded + output..];
+            sums.iter_mut().zip(column).for_each(|(sum, weight)| *sum = x.mul_add(*weight, *sum));
+        }
+        let top = self.product.x.tiles()[self.tiles.start].rows.start;
+        let left = (first - self.panels.start) * OUTPUTS;
+        let mut out = self.out.row_mut(row - top);
+        let out = out.as_slice_mut().expect("rows are contiguous");
+        out[left..][..outputs].copy_from_slice(sums);
+    }
+}
