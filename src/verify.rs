@@ -54,7 +54,9 @@ fn check_structure(checkpoint: &Checkpoint) -> Result<ArchSpec, Error> {
         Block::load_without_linears(&arch, layer, checkpoint)?;
     }
     let embedding = Embedding::load(&arch, checkpoint)?;
-    Head::load(&arch, &embedding, checkpoint)?;
+    if arch.causal {
+        Head::load(&arch, &embedding, checkpoint)?;
+    }
     Ok(Arc::unwrap_or_clone(arch))
 }
 

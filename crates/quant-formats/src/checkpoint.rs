@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::detect;
 use crate::error::{FormatError, IndexError};
+use crate::file;
 use crate::index::ShardIndex;
 use crate::json;
 use crate::layout::{Reader, TensorSource};
@@ -322,6 +323,17 @@ impl Checkpoint {
     pub fn json_file(&self, name: &str) -> Result<Option<Value>, FormatError> {
         let path = self.path.join(name);
         if path.is_file() { json::read(&path, json::CONFIG_LIMIT).map(Some) } else { Ok(None) }
+    }
+
+    /// A small text file beside the weights, such as `chat_template.jinja`, if there is one.
+    pub fn text_file(&self, name: &str) -> Result<Option<String>, FormatError> {
+        let path = self.path.join(name);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let bytes = file::read_limited(&path, json::CONFIG_LIMIT)?;
+        let detail = || "the text must be UTF-8".to_owned();
+        String::from_utf8(bytes).map(Some).map_err(|_| FormatError::Json { file: path, detail: detail() })
     }
 
     /// What was noticed when opening.

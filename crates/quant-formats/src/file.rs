@@ -154,6 +154,15 @@ pub(crate) fn putting_in_place() -> MutexGuard<'static, ()> {
     lock(&PUTTING_IN_PLACE)
 }
 
+/// Writes a whole file beside its place and gives it its name, replacing what was there.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
+    let (mut temp, file) = TempPath::beside(path, |p| File::create_new(p))?;
+    write_at(&file, bytes, 0).map_err(|e| FormatError::io("write", path, e))?;
+    file.sync_all().map_err(|e| FormatError::io("sync", path, e))?;
+    let _whole = putting_in_place();
+    temp.rename_to(path)
+}
+
 /// Removes all output of this process that is not complete yet. For programs that are about to end because of a
 /// signal, and for nothing else: from now on no output can be finished.
 pub fn remove_unfinished() {

@@ -1,4 +1,4 @@
-//! Token ids from NumPy files.
+//! NumPy files: token ids in, vectors out.
 
 use std::path::Path;
 
@@ -17,6 +17,24 @@ const HEADER_LIMIT: usize = 1 << 16;
 pub fn read_npy_ids(path: &Path) -> Result<Array2<u32>, FormatError> {
     let bytes = file::read_limited(path, NPY_LIMIT)?;
     parse(&bytes).map_err(|source| FormatError::Npy { file: path.to_path_buf(), source })
+}
+
+/// A file of f32 values `[rows, cols]` in row-major order.
+///
+/// ```
+/// let file = quant_formats::npy_f32([1, 2], &[0.5, -1.0]);
+/// assert!(file.starts_with(b"\x93NUMPY") && file.len() == 128 + 8);
+/// ```
+pub fn npy_f32(shape: [usize; 2], values: &[f32]) -> Vec<u8> {
+    let [rows, cols] = shape;
+    let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {cols}), }}");
+    // Magic, version and length take ten bytes; data begins at a multiple of 64.
+    let len = (10 + header.len() + 1).next_multiple_of(64).max(128) - 10;
+    let mut file = b"\x93NUMPY\x01\x00".to_vec();
+    file.extend((len as u16).to_le_bytes());
+    file.extend(format!("{header:<width$}\n", width = len - 1).into_bytes());
+    file.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    file
 }
 
 /// What a header says of the data.

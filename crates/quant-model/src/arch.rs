@@ -1,4 +1,4 @@
-//! A decoder's architecture as a value.
+//! An architecture as a value.
 
 mod fields;
 mod table;
@@ -12,7 +12,8 @@ use crate::rope::RopeSpec;
 pub(crate) use fields::Fields;
 pub use table::{Architecture, architectures};
 
-/// Everything that tells one decoder from another. The forward pass of [`crate::Decoder`] is one function of it.
+/// Everything that tells one model from another. The forward passes of [`crate::Decoder`] and [`crate::Encoder`] are
+/// functions of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ArchSpec {
     /// `model_type` of the configuration, an entry of [`architectures`].
@@ -33,8 +34,12 @@ pub struct ArchSpec {
     pub intermediate_size: usize,
     /// Positions that the model was trained for.
     pub max_positions: usize,
-    /// Normalisation before attention, before the MLP and at the end.
+    /// The norms of attention and MLP, and the last one.
     pub norm: NormSpec,
+    /// A token sees only those before it: a decoder. Otherwise it sees all: an encoder, which has no head.
+    pub causal: bool,
+    /// Rows of the embedding of token types (segments), of which a text alone has the first. 0: there is none.
+    pub token_types: usize,
     /// RMS normalisation of each query and key head before rope.
     pub qk_norm: bool,
     /// How positions enter.
@@ -68,6 +73,17 @@ pub struct NormSpec {
     pub kind: NormKind,
     /// Added to the variance.
     pub eps: f32,
+    /// Where it acts.
+    pub place: NormPlace,
+}
+
+/// Where a block normalises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlace {
+    /// The inputs of attention and MLP, and what leaves the last block (pre-LN).
+    Before,
+    /// The residual stream behind attention and behind the MLP; the embedding, too (post-LN, BERT).
+    After,
 }
 
 /// The formula of a norm.
@@ -195,19 +211,23 @@ pub struct Names {
     pub embedding: &'static str,
     /// The learned positions, if there are any.
     pub positions: &'static str,
+    /// The token types, if there are any.
+    pub token_types: &'static str,
+    /// Norm of the embedding with [`NormPlace::After`].
+    pub embedding_norm: &'static str,
     /// The list of blocks.
     pub layers: &'static str,
-    /// Norm before attention, below a block.
+    /// Norm before or after attention, below a block.
     pub attention_norm: &'static str,
-    /// Norm before the MLP, below a block.
+    /// Norm before or after the MLP, below a block.
     pub mlp_norm: &'static str,
     /// Norm of queries, below a block.
     pub q_norm: &'static str,
     /// Norm of keys, below a block.
     pub k_norm: &'static str,
-    /// Norm after the last block.
+    /// Norm after the last block with [`NormPlace::Before`].
     pub final_norm: &'static str,
-    /// The output head; without the prefix.
+    /// The output head of a decoder; without the prefix.
     pub head: &'static str,
 }
 
@@ -241,19 +261,22 @@ impl ArchSpec {
     /// Path of a block, such as `model.layers.3`, as this checkpoint spells it.
     pub fn block_path(&self, layer: usize, src: &dyn WeightSource) -> String {
         let path = format!("{}.{layer}", self.names.layers);
-        let norm = format!("{path}.{}.weight", self.names.attention_norm);
+        let norm = format!("{path}.{}", self.names.attention_norm);
         format!("{}{path}", self.prefix_of(&norm, src))
     }
 
     /// Full name of a module outside the blocks, as this checkpoint spells it.
     pub(crate) fn module_path(&self, module: &str, src: &dyn WeightSource) -> String {
-        format!("{}{module}", self.prefix_of(&format!("{module}.weight"), src))
+        format!("{}{module}", self.prefix_of(module, src))
     }
 
-    /// The prefix, unless the checkpoint has the tensor without it.
-    fn prefix_of(&self, tensor: &str, src: &dyn WeightSource) -> &'static str {
+    /// The prefix, unless the checkpoint has the module without it.
+    fn prefix_of(&self, module: &str, src: &dyn WeightSource) -> &'static str {
         let prefix = self.names.prefix;
-        let bare = !src.contains(&format!("{prefix}{tensor}")) && src.contains(tensor);
+        // Norms of old BERT files call their weight gamma.
+        let holds =
+            |path: &str| ["weight", "gamma"].iter().any(|part| src.contains(&format!("{path}.{part}")));
+        let bare = !holds(&format!("{prefix}{module}")) && holds(module);
         if bare { "" } else { prefix }
     }
 }

@@ -7,7 +7,7 @@ use quant_core::{WeightError, WeightSource};
 use quant_kernels::{Heads, Mask, attend, vec};
 use rayon::prelude::*;
 
-use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, PositionSpec, StageKind};
+use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, NormPlace, PositionSpec, StageKind};
 use crate::error::ModelError;
 use crate::kv::LayerCache;
 use crate::linear::{Linear, linear};
@@ -174,7 +174,10 @@ impl Block {
 
     /// Input of the first stage for the residual stream `x`: `[t, hidden]`.
     pub fn begin(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
-        self.attention_norm.forward(x)
+        match self.spec.norm.place {
+            NormPlace::Before => self.attention_norm.forward(x),
+            NormPlace::After => x.to_owned(),
+        }
     }
 
     /// Runs one stage: its linears on `input` and what follows them. `x`: `[t, hidden]` is the residual stream, to
@@ -194,11 +197,18 @@ impl Block {
             StageKind::Qkv => self.attend(y, sequences, cache),
             StageKind::AttentionOut => {
                 *x += &y;
-                Ok(self.mlp_norm.forward(x.view()))
+                if self.spec.norm.place == NormPlace::Before {
+                    return Ok(self.mlp_norm.forward(x.view()));
+                }
+                *x = self.attention_norm.forward(x.view());
+                Ok(x.clone())
             }
             StageKind::MlpIn => Ok(activated(&self.spec, y)),
             StageKind::MlpOut => {
                 *x += &y;
+                if self.spec.norm.place == NormPlace::After {
+                    *x = self.mlp_norm.forward(x.view());
+                }
                 Ok(Array2::zeros((0, 0)))
             }
         }
@@ -256,7 +266,10 @@ impl Block {
                 attend(heads, mask, self.scale, q, k, v, out.view_mut())?;
             }
             None => {
-                let mask = Mask::Causal { offset: 0, window: self.window };
+                let mask = match self.spec.causal {
+                    true => Mask::Causal { offset: 0, window: self.window },
+                    false => Mask::All,
+                };
                 let len = sequences.len.max(1);
                 let each = out.axis_chunks_iter_mut(Axis(0), len).into_par_iter().enumerate();
                 each.try_for_each(|(i, out)| {
@@ -323,8 +336,10 @@ pub(crate) fn load_norm(
     kind: NormKind,
     src: &dyn WeightSource,
 ) -> Result<Norm, ModelError> {
-    let read = |suffix: &str| -> Result<Vec<f32>, ModelError> {
-        let name = format!("{path}.{suffix}");
+    let read = |suffix: &str, old: &str| -> Result<Vec<f32>, ModelError> {
+        let [name, old] = [suffix, old].map(|part| format!("{path}.{part}"));
+        // What BERT's first files call them.
+        let name = if !src.contains(&name) && src.contains(&old) { old } else { name };
         let tensor = src.tensor(&name)?;
         if tensor.shape() != [size] {
             let (found, because) = (tensor.shape().to_vec(), "hidden_size or head_dim".to_owned());
@@ -332,8 +347,8 @@ pub(crate) fn load_norm(
         }
         Ok(tensor.to_f32().map_err(|source| WeightError::Tensor { name, source })?)
     };
-    let bias = if kind == NormKind::Layer { Some(read("bias")?) } else { None };
-    Ok(Norm { kind, eps: spec.norm.eps, weight: read("weight")?, bias })
+    let bias = if kind == NormKind::Layer { Some(read("bias", "beta")?) } else { None };
+    Ok(Norm { kind, eps: spec.norm.eps, weight: read("weight", "gamma")?, bias })
 }
 
 /// Compares what is stored with the configuration before any weight is read.

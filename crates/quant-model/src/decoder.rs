@@ -6,75 +6,17 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, Slice, concatenat
 use quant_core::{WeightError, WeightSource};
 use serde_json::Value;
 
-use crate::arch::{ArchSpec, PositionSpec};
+use crate::arch::ArchSpec;
 use crate::block::{Block, Sequences, load_norm};
+use crate::embedding::Embedding;
 use crate::error::{ConfigError, ModelError};
 use crate::kv::KvCache;
-use crate::linear::{DenseLinear, DenseMatrix, Linear, linear};
+use crate::linear::{DenseLinear, Linear, linear};
 use crate::norm::Norm;
 
 /// Positions of a text that run through the blocks together. Longer texts go through the cache in pieces, which
 /// bounds memory and changes no bit.
 const CHUNK: usize = 512;
-
-/// Token and position embedding.
-#[derive(Clone, Debug)]
-pub struct Embedding {
-    tokens: Arc<DenseMatrix>,
-    positions: Option<DenseMatrix>,
-}
-
-impl Embedding {
-    /// Reads the tables of a checkpoint and checks their shapes.
-    pub fn load(spec: &ArchSpec, src: &dyn WeightSource) -> Result<Self, ModelError> {
-        let table = |module: &str, rows: usize, because: &str| -> Result<DenseMatrix, ModelError> {
-            let name = format!("{}.weight", spec.module_path(module, src));
-            let tensor = src.tensor(&name)?;
-            if tensor.shape() != [rows, spec.hidden_size] {
-                let (expected, found) = (vec![rows, spec.hidden_size], tensor.shape().to_vec());
-                let because = because.to_owned();
-                return Err(WeightError::Shape { name, expected, found, because }.into());
-            }
-            Ok(DenseMatrix::new(&name, &tensor, false)?)
-        };
-        let positions = match spec.positions {
-            PositionSpec::Learned => {
-                Some(table(spec.names.positions, spec.max_positions, "n_positions and n_embd")?)
-            }
-            PositionSpec::Rope(_) => None,
-        };
-        let because = "vocab_size and hidden_size";
-        let tokens = Arc::new(table(spec.names.embedding, spec.vocab_size, because)?);
-        Ok(Self { tokens, positions })
-    }
-
-    /// Residual stream `[ids, hidden]` of tokens at the positions from `start` on.
-    pub fn embed(&self, ids: &[u32], start: usize) -> Result<Array2<f32>, ModelError> {
-        let (vocab, hidden) = self.tokens.dim();
-        let mut x = Array2::zeros((ids.len(), hidden));
-        let mut position = vec![0.0; hidden];
-        for (t, (&id, mut row)) in ids.iter().zip(x.rows_mut()).enumerate() {
-            if id as usize >= vocab {
-                return Err(ModelError::Token { id, vocab });
-            }
-            self.tokens.read_row(id as usize, row.as_slice_mut().expect("rows are contiguous"));
-            if let Some(table) = &self.positions {
-                let limit = table.dim().0;
-                if start + t >= limit {
-                    return Err(ModelError::Context { positions: start + ids.len(), limit });
-                }
-                table.read_row(start + t, &mut position);
-                row.iter_mut().zip(&position).for_each(|(x, p)| *x += p);
-            }
-        }
-        Ok(x)
-    }
-
-    /// Bytes in memory.
-    pub fn bytes(&self) -> usize {
-        self.tokens.bytes() + self.positions.as_ref().map_or(0, DenseMatrix::bytes)
-    }
-}
 
 /// Final norm and projection to the vocabulary.
 pub struct Head {
@@ -91,7 +33,7 @@ impl Head {
         let norm = load_norm(spec, &path, spec.hidden_size, spec.norm.kind, src)?;
         let tied = spec.tied_embeddings;
         let linear: Box<dyn Linear> = if tied {
-            Box::new(DenseLinear::new(embedding.tokens.clone(), None))
+            Box::new(DenseLinear::new(embedding.tokens(), None))
         } else {
             let (module, expected) = (spec.names.head, (spec.vocab_size, spec.hidden_size));
             let found = src.linear_shape(module)?;
@@ -144,6 +86,11 @@ impl Decoder {
     /// A model from its `config.json` and its weights.
     pub fn load(config: &Value, src: &dyn WeightSource) -> Result<Self, ModelError> {
         let spec = Arc::new(ArchSpec::from_config(config)?);
+        if !spec.causal {
+            let reason =
+                "an encoder has no next token; it gives vectors (embed) and hidden states".to_owned();
+            return Err(ModelError::Unsupported { module: spec.model_type.to_owned(), reason });
+        }
         check_layers(&spec, src)?;
         let embedding = Embedding::load(&spec, src)?;
         let head = Head::load(&spec, &embedding, src)?;
@@ -227,6 +174,12 @@ impl Decoder {
         self.head.logits(x, out)
     }
 
+    /// What the head sees of a whole text: what leaves the last block, normalised. `[ids, hidden]`.
+    pub fn hidden_states(&self, ids: &[u32]) -> Result<Array2<f32>, ModelError> {
+        let x = self.forward(ids, &mut self.new_cache())?;
+        Ok(self.head.norm.forward(x.view()))
+    }
+
     /// Logits of a whole text, `[ids, vocab]`.
     pub fn logits(&self, ids: &[u32]) -> Result<Array2<f32>, ModelError> {
         let x = self.forward(ids, &mut self.new_cache())?;
@@ -247,10 +200,10 @@ impl Decoder {
 
 /// The number of layers is the one size that is not checked against a tensor's shape, so the last layer is looked
 /// for before the first is read.
-fn check_layers(spec: &ArchSpec, src: &dyn WeightSource) -> Result<(), ModelError> {
-    let norm = |layer| format!("{}.{}.weight", spec.block_path(layer, src), spec.names.attention_norm);
-    let last = norm(spec.layers - 1);
-    if spec.layers > 1 && !src.contains(&last) {
+pub(crate) fn check_layers(spec: &ArchSpec, src: &dyn WeightSource) -> Result<(), ModelError> {
+    let norm = format!("{}.{}", spec.block_path(spec.layers - 1, src), spec.names.attention_norm);
+    let [last, old] = ["weight", "gamma"].map(|part| format!("{norm}.{part}"));
+    if spec.layers > 1 && !src.contains(&last) && !src.contains(&old) {
         return Err(ConfigError::Value {
             field: "number of layers (num_hidden_layers, n_layer)".to_owned(),
             expected: format!("layers that the checkpoint holds; it has no tensor {last}"),

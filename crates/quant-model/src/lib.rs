@@ -1,7 +1,7 @@
-//! Decoders as data, and one way to run them.
+//! Language and embedding models as data, and one way to run each.
 //!
 //! An architecture is a value, [`ArchSpec`], read from `config.json` by one table ([`architectures`]). [`Decoder`]
-//! runs every such value; its linears hide behind [`Linear`], so that float and quantized models look alike.
+//! and [`Encoder`] run every such value; their linears hide behind [`Linear`], so that float and quantized models look alike.
 //! A [`Block`] can be run stage by stage, which is how a quantizer sees the inputs of each layer.
 //!
 //! ```
@@ -22,32 +22,41 @@
 //!
 //! Results have the same bits for any number of threads, and a row of activations has the same bits whatever runs
 //! beside it: a token decoded from a cache is the token of a whole pass, a sequence in a batch that of the sequence
-//! alone. Configurations and tokenizers come from files that nobody vouches for; what makes no sense is an error
+//! alone. (Layouts that round activations by something that all rows share, as LLM.int8 does, give that up.) Configurations and tokenizers come from files that nobody vouches for; what makes no sense is an error
 //! that names field or tensor, the value expected and the value found.
 #![forbid(unsafe_code)]
 
+mod act;
 mod arch;
 mod block;
 mod decoder;
+mod embedding;
+mod encoder;
 mod error;
 mod generate;
 mod kv;
 mod linear;
 mod norm;
+mod pool;
 mod rope;
 mod sample;
+mod template;
 mod tokenizer;
 
 pub use arch::{
-    Activation, ArchSpec, Architecture, AttentionScale, LinearSpec, Names, NormKind, NormSpec, PositionSpec,
-    Stage, StageKind, WindowSpec, architectures,
+    Activation, ArchSpec, Architecture, AttentionScale, LinearSpec, Names, NormKind, NormPlace, NormSpec,
+    PositionSpec, Stage, StageKind, WindowSpec, architectures,
 };
 pub use block::{Block, Sequences};
-pub use decoder::{Decoder, Embedding, Head, MemoryFootprint};
+pub use decoder::{Decoder, Head, MemoryFootprint};
+pub use embedding::Embedding;
+pub use encoder::Encoder;
 pub use error::{ConfigError, ModelError};
 pub use generate::{Finish, GenerateError, GenerateOptions, Generated, eos_tokens, generate, generate_ids};
 pub use kv::{KvCache, LayerCache};
 pub use linear::{DenseLinear, DenseMatrix, Linear, PackedLinear, linear, weight_f32};
+pub use pool::{Pooling, normalize};
 pub use rope::{RopeKind, RopeSpec, RopeTable};
 pub use sample::{Sampler, Sampling};
+pub use template::{ChatTemplate, Message, TemplateError};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError};

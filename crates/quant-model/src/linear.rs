@@ -7,6 +7,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, WeightError};
 use quant_kernels::{HalfView, PackError, PackedMatrix, matmul_nt, matmul_nt_half};
 
+use crate::act;
 use crate::error::ModelError;
 
 /// A linear layer with weights `[out, in]`: `y = x · wᵀ + bias`.
@@ -168,21 +169,19 @@ impl Linear for DenseLinear {
     }
 }
 
-/// A quantized linear layer, with the bits of its dequantized twin.
+/// A quantized linear layer, with the bits of its dequantized twin on the input that it sees: a layout may ask for
+/// rounded inputs.
 #[derive(Clone, Debug)]
 pub struct PackedLinear {
     weight: PackedMatrix,
+    input: ActSpec,
     bias: Option<Vec<f32>>,
 }
 
 impl PackedLinear {
-    /// A layer ready to run. Fails on what no kernel here computes: quantized activations, low-rank corrections.
+    /// A layer ready to run. Fails on what no kernel here computes: low-rank corrections.
     pub fn new(module: &str, layer: QuantizedLinear) -> Result<Self, ModelError> {
         let unsupported = |reason: String| ModelError::Unsupported { module: module.to_owned(), reason };
-        if layer.input != ActSpec::Float {
-            let reason = "its inputs are quantized, which is not supported; use a weight-only layout";
-            return Err(unsupported(reason.to_owned()));
-        }
         if layer.low_rank.is_some() {
             let reason = "it has a low-rank correction, which is not supported; merge it first";
             return Err(unsupported(reason.to_owned()));
@@ -192,7 +191,7 @@ impl PackedLinear {
             other => unsupported(other.to_string()),
         })?;
         let bias = read_bias(module, layer.bias.as_ref(), weight.shape().0)?;
-        Ok(Self { weight, bias })
+        Ok(Self { weight, input: layer.input, bias })
     }
 }
 
@@ -206,7 +205,10 @@ impl Linear for PackedLinear {
     }
 
     fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        self.weight.matmul(x, out.view_mut())?;
+        match self.input {
+            ActSpec::Float => self.weight.matmul(x, out.view_mut())?,
+            _ => self.weight.matmul(act::quantize(&self.input, x).view(), out.view_mut())?,
+        }
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }

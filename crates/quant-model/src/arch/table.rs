@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 use super::{
-    Activation, ArchSpec, AttentionScale, Fields, LinearSpec, Names, NormKind, NormSpec, PositionSpec, Stage,
-    StageKind, WindowSpec,
+    Activation, ArchSpec, AttentionScale, Fields, LinearSpec, Names, NormKind, NormPlace, NormSpec,
+    PositionSpec, Stage, StageKind, WindowSpec,
 };
 use crate::error::ConfigError;
 use crate::rope::RopeSpec;
@@ -26,7 +26,7 @@ pub fn architectures() -> &'static [Architecture] {
     &TABLE
 }
 
-const TABLE: [Architecture; 5] = [
+const TABLE: [Architecture; 6] = [
     Architecture {
         model_type: "llama",
         class: "LlamaForCausalLM",
@@ -51,6 +51,12 @@ const TABLE: [Architecture; 5] = [
         class: "GPT2LMHeadModel",
         covers: "GPT-2 of every size, DistilGPT-2",
         build: gpt2,
+    },
+    Architecture {
+        model_type: "bert",
+        class: "BertModel",
+        covers: "BERT encoders: MiniLM, BGE, E5, GTE v1",
+        build: bert,
     },
 ];
 
@@ -77,6 +83,8 @@ const LLAMA_NAMES: Names = Names {
     prefix: "model.",
     embedding: "embed_tokens",
     positions: "",
+    token_types: "",
+    embedding_norm: "",
     layers: "layers",
     attention_norm: "input_layernorm",
     mlp_norm: "post_attention_layernorm",
@@ -153,7 +161,13 @@ fn llama_like(f: Fields<'_>, model_type: &'static str, biases: Biases) -> Result
         head_dim,
         intermediate_size: inner,
         max_positions,
-        norm: NormSpec { kind: NormKind::Rms, eps: f.positive_or("rms_norm_eps", 1e-6)? as f32 },
+        norm: NormSpec {
+            kind: NormKind::Rms,
+            eps: f.positive_or("rms_norm_eps", 1e-6)? as f32,
+            place: NormPlace::Before,
+        },
+        causal: true,
+        token_types: 0,
         qk_norm: false,
         positions: PositionSpec::Rope(RopeSpec::from_config(f, head_dim, max_positions)?),
         activation: activation(f, "hidden_act", "silu")?,
@@ -269,7 +283,13 @@ fn gpt2(f: Fields<'_>) -> Result<ArchSpec, ConfigError> {
         head_dim,
         intermediate_size: inner,
         max_positions: f.count_or("n_positions", 1024)?,
-        norm: NormSpec { kind: NormKind::Layer, eps: f.positive_or("layer_norm_epsilon", 1e-5)? as f32 },
+        norm: NormSpec {
+            kind: NormKind::Layer,
+            eps: f.positive_or("layer_norm_epsilon", 1e-5)? as f32,
+            place: NormPlace::Before,
+        },
+        causal: true,
+        token_types: 0,
         qk_norm: false,
         positions: PositionSpec::Learned,
         activation: activation(f, "activation_function", "gelu_new")?,
@@ -286,6 +306,8 @@ fn gpt2(f: Fields<'_>) -> Result<ArchSpec, ConfigError> {
             prefix: "transformer.",
             embedding: "wte",
             positions: "wpe",
+            token_types: "",
+            embedding_norm: "",
             layers: "h",
             attention_norm: "ln_1",
             mlp_norm: "ln_2",
@@ -296,6 +318,95 @@ fn gpt2(f: Fields<'_>) -> Result<ArchSpec, ConfigError> {
         },
         bos: f.token_ids("bos_token_id", vocab_size)?.first().copied(),
         eos: f.token_ids("eos_token_id", vocab_size)?,
+    })
+}
+
+fn bert(f: Fields<'_>) -> Result<ArchSpec, ConfigError> {
+    let hidden = f.count("hidden_size")?;
+    let inner = f.count("intermediate_size")?;
+    let heads = f.count("num_attention_heads")?;
+    if !hidden.is_multiple_of(heads) {
+        return Err(f.bad(
+            "num_attention_heads",
+            format!("a divisor of hidden_size {hidden}"),
+            &heads.into(),
+        ));
+    }
+    for flag in ["is_decoder", "add_cross_attention"] {
+        if f.flag_or(flag, false)? {
+            return Err(f.bad(flag, "false: BERT runs as an encoder", &true.into()));
+        }
+    }
+    if let Some(kind) = f.text("position_embedding_type")?.filter(|kind| *kind != "absolute") {
+        return Err(f.bad("position_embedding_type", "absolute", &kind.into()));
+    }
+    let head_dim = hidden / heads;
+    let linear = |name, out_features, in_features, because| LinearSpec {
+        name,
+        out_features,
+        in_features,
+        bias: true,
+        because,
+    };
+    let mlp_why = "intermediate_size and hidden_size";
+    let stages = vec![
+        Stage {
+            kind: StageKind::Qkv,
+            linears: vec![
+                linear("attention.self.query", hidden, hidden, "hidden_size"),
+                linear("attention.self.key", hidden, hidden, "hidden_size"),
+                linear("attention.self.value", hidden, hidden, "hidden_size"),
+            ],
+        },
+        Stage {
+            kind: StageKind::AttentionOut,
+            linears: vec![linear("attention.output.dense", hidden, hidden, "hidden_size")],
+        },
+        Stage { kind: StageKind::MlpIn, linears: vec![linear("intermediate.dense", inner, hidden, mlp_why)] },
+        Stage { kind: StageKind::MlpOut, linears: vec![linear("output.dense", hidden, inner, mlp_why)] },
+    ];
+    Ok(ArchSpec {
+        model_type: "bert",
+        vocab_size: f.count("vocab_size")?,
+        hidden_size: hidden,
+        layers: f.count("num_hidden_layers")?,
+        heads,
+        kv_heads: heads,
+        head_dim,
+        intermediate_size: inner,
+        max_positions: f.count_or("max_position_embeddings", 512)?,
+        norm: NormSpec {
+            kind: NormKind::Layer,
+            eps: f.positive_or("layer_norm_eps", 1e-12)? as f32,
+            place: NormPlace::After,
+        },
+        causal: false,
+        token_types: f.count_or("type_vocab_size", 2)?,
+        qk_norm: false,
+        positions: PositionSpec::Learned,
+        activation: activation(f, "hidden_act", "gelu")?,
+        gated: false,
+        attention_scale: AttentionScale { base: inverse_sqrt(head_dim), by_layer: false },
+        window: WindowSpec::Full,
+        tied_embeddings: false,
+        conv1d: false,
+        stages,
+        names: Names {
+            prefix: "bert.",
+            embedding: "embeddings.word_embeddings",
+            positions: "embeddings.position_embeddings",
+            token_types: "embeddings.token_type_embeddings",
+            embedding_norm: "embeddings.LayerNorm",
+            layers: "encoder.layer",
+            attention_norm: "attention.output.LayerNorm",
+            mlp_norm: "output.LayerNorm",
+            q_norm: "",
+            k_norm: "",
+            final_norm: "",
+            head: "",
+        },
+        bos: None,
+        eos: Vec::new(),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, Axis, concatenate, s};
 use quant_core::WeightSource;
-use quant_model::{Activation, ArchSpec, NormKind, PositionSpec};
+use quant_model::{Activation, ArchSpec, NormKind, NormPlace, PositionSpec};
 
 use super::Tensors;
 
@@ -11,28 +11,45 @@ struct Model<'a> {
     src: &'a Tensors,
 }
 
-/// Logits `[ids, vocab]` of a text, in f64 throughout.
+/// Logits `[ids, vocab]` of a text, or the hidden states `[ids, hidden]` of an encoder, in f64 throughout.
 pub(crate) fn logits(spec: &ArchSpec, src: &Tensors, ids: &[u32]) -> Array2<f64> {
     let model = Model { spec, src };
     let names = &spec.names;
     let table = model.matrix(&model.full(names.embedding), false);
     let mut x = Array2::from_shape_fn((ids.len(), spec.hidden_size), |(t, i)| table[[ids[t] as usize, i]]);
+    let post = spec.norm.place == NormPlace::After;
+    if spec.token_types > 0 {
+        x += &model.matrix(&model.full(names.token_types), false).row(0);
+    }
     if spec.positions == PositionSpec::Learned {
         let positions = model.matrix(&model.full(names.positions), false);
         x += &positions.slice(s![..ids.len(), ..]);
     }
+    if post {
+        x = model.norm(&x, &model.full(names.embedding_norm), spec.norm.kind);
+    }
     for layer in 0..spec.layers {
         let path = spec.block_path(layer, src);
-        let h = model.norm(&x, &format!("{path}.{}", names.attention_norm), spec.norm.kind);
+        let norm = |x: &Array2<f64>, name| model.norm(x, &format!("{path}.{name}"), spec.norm.kind);
+        let h = if post { x.clone() } else { norm(&x, names.attention_norm) };
         let qkv = model.stage(&path, 0, &h);
         x += &model.stage(&path, 1, &model.attention(layer, &path, &qkv));
-        let h = model.norm(&x, &format!("{path}.{}", names.mlp_norm), spec.norm.kind);
+        if post {
+            x = norm(&x, names.attention_norm);
+        }
+        let h = if post { x.clone() } else { norm(&x, names.mlp_norm) };
         let up = model.stage(&path, 2, &h);
         let inner = spec.intermediate_size;
         let act = Array2::from_shape_fn((ids.len(), inner), |(t, i)| {
             activation(spec.activation, up[[t, i]]) * if spec.gated { up[[t, inner + i]] } else { 1.0 }
         });
         x += &model.stage(&path, 3, &act);
+        if post {
+            x = norm(&x, names.mlp_norm);
+        }
+    }
+    if !spec.causal {
+        return x;
     }
     let x = model.norm(&x, &model.full(names.final_norm), spec.norm.kind);
     let head = if spec.tied_embeddings { table } else { model.matrix(names.head, false) };
@@ -129,10 +146,11 @@ impl Model<'_> {
             for i in 0..t {
                 let first = spec.window.of_layer(layer).map_or(0, |w| (i + 1).saturating_sub(w));
                 let scale = f64::from(spec.attention_scale.of_layer(layer));
-                let scores: Vec<f64> = (first..=i).map(|j| scale * q.row(i).dot(&k.row(j))).collect();
+                let last = if spec.causal { i } else { t - 1 };
+                let scores: Vec<f64> = (first..=last).map(|j| scale * q.row(i).dot(&k.row(j))).collect();
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
                 let sum: f64 = scores.iter().map(|s| libm::exp(s - max)).sum();
-                for (j, s) in (first..=i).zip(scores) {
+                for (j, s) in (first..=last).zip(scores) {
                     let p = libm::exp(s - max) / sum;
                     out.slice_mut(s![i, h * d..(h + 1) * d]).scaled_add(p, &v.row(j));
                 }
