@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quant_core::{SpecError, WeightError};
 use quant_formats::FormatError;
 use quant_methods::{QuantizeError, UnknownMethod};
-use quant_model::{ConfigError, GenerateError, ModelError, TokenizerError};
+use quant_model::{ConfigError, GenerateError, ModelError, TemplateError, TokenizerError};
 use serde::Serialize;
 
 /// Any failure of this library. The text names what was found and what to do.
@@ -25,6 +25,9 @@ pub enum Error {
     /// A tokenizer can't be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A chat template can't be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// A checkpoint lacks what is needed.
     #[error(transparent)]
     Weight(#[from] WeightError),
@@ -88,6 +91,35 @@ pub enum Error {
         file: PathBuf,
         /// Line, counted from 1.
         line: usize,
+    },
+    /// A layer that the target of a conversion cannot hold.
+    #[error(
+        "{module}: {layout} cannot hold it with the same codes ({because}); --allow-requantize rounds such layers anew"
+    )]
+    Convert {
+        /// The layer.
+        module: String,
+        /// The target.
+        layout: &'static str,
+        /// What stands in the way.
+        because: String,
+    },
+    /// A float checkpoint where a quantized one is needed.
+    #[error("{model} has no quantized layers; use quantize to make some")]
+    NotQuantized {
+        /// The checkpoint.
+        model: String,
+    },
+    /// No layout that is known here holds all layers of a checkpoint exactly.
+    #[error("no layout holds every layer exactly; name one with --to to see the verdict of each layer")]
+    NoExactLayout,
+    /// A module of a sentence-embedding model that is not known here.
+    #[error(
+        "modules.json: {found} is not supported (a Transformer, a Pooling and a Normalize are); --pooling gives vectors without it"
+    )]
+    Module {
+        /// Its type.
+        found: String,
     },
     /// A file can't be read or written.
     #[error("{}: {source}", .file.display())]

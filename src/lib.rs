@@ -1,9 +1,11 @@
-//! Quantize language models and run them, on a CPU.
+//! Quantize language and embedding models and run them, on a CPU.
 #![forbid(unsafe_code)]
 
 pub mod calibration;
 mod config;
+mod convert;
 mod dequantize;
+mod embed;
 mod error;
 mod hash;
 mod inspect;
@@ -16,18 +18,23 @@ mod verify;
 
 pub use calibration::CalibrationSource;
 pub use config::{NonFinite, QuantizeConfig};
+pub use convert::{Conversion, ConvertConfig, ConvertedLayer, Verdict, convert};
 pub use dequantize::{DequantizeConfig, Dequantized, dequantize};
+pub use embed::{Embedded, Embedder, EncoderModel, is_encoder};
 pub use error::{Error, Problem};
 pub use inspect::{Inspection, bits_per_weight, inspect};
 pub use model::Model;
 pub use progress::{Progress, Silent};
 pub use quant_core::{GroupSize, QuantSpec};
 pub use quant_formats::{
-    Finding, FormatError, Severity, read_npy_ids, remove_unfinished, resolve_model, write_safetensors,
+    Finding, FormatError, Severity, npy_f32, read_npy_ids, remove_unfinished, resolve_model, write_file,
+    write_safetensors,
 };
 pub use quant_kernels::isa::IsaError;
 pub use quant_methods::{ColumnOrder, Compat, GptqOptions, MethodOptions};
-pub use quant_model::{Finish, GenerateOptions, Generated, Sampling, Tokenizer};
+pub use quant_model::{
+    ChatTemplate, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError, Tokenizer,
+};
 pub use quantize::{LayerSummary, Plan, PlannedLayer, Summary, plan, quantize};
 pub use registry::{Entry, Info, check_environment, info};
 pub use system::{dense_flops, peak_rss_bytes};

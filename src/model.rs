@@ -6,7 +6,10 @@ use std::sync::OnceLock;
 
 use ndarray::Array2;
 use quant_formats::{Checkpoint, resolve_model};
-use quant_model::{Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate};
+use quant_model::{
+    ChatTemplate, Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate,
+};
+use serde_json::Value;
 
 use crate::error::Error;
 
@@ -86,11 +89,34 @@ impl Model {
         options: &GenerateOptions,
         on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, Error> {
-        let tokenizer = self.tokenizer()?;
+        self.continue_ids(&self.tokenizer()?.encode(prompt, true)?, options, on_text)
+    }
+
+    /// The same from token ids.
+    pub fn continue_ids(
+        &self,
+        ids: &[u32],
+        options: &GenerateOptions,
+        on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Generated, Error> {
         let mut options = options.clone();
         let generation_config = self.checkpoint.json_file("generation_config.json")?;
         options.eos.extend(eos_tokens(self.decoder.spec(), generation_config.as_ref())?);
-        Ok(generate(&self.decoder, tokenizer, &tokenizer.encode(prompt, true)?, &options, on_text)?)
+        Ok(generate(&self.decoder, self.tokenizer()?, ids, &options, on_text)?)
+    }
+
+    /// The template that makes a conversation into a prompt.
+    pub fn chat_template(&self) -> Result<ChatTemplate, Error> {
+        let file = self.checkpoint.text_file("chat_template.jinja")?;
+        let config = self.checkpoint.json_file("tokenizer_config.json")?.unwrap_or_default();
+        if file.is_none() && config.get("chat_template").is_none_or(Value::is_null) {
+            // Processors keep it in a file of its own.
+            let mut other = self.checkpoint.json_file("chat_template.json")?.unwrap_or_default();
+            if let Some(Value::String(source)) = other.get_mut("chat_template").map(Value::take) {
+                return Ok(ChatTemplate::of_checkpoint(Some(&source), &config)?);
+            }
+        }
+        Ok(ChatTemplate::of_checkpoint(file.as_deref(), &config)?)
     }
 }
 

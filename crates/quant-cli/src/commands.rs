@@ -1,6 +1,9 @@
 //! One file per command.
 
+mod chat;
+mod convert;
 mod dequantize;
+mod embed;
 mod eval;
 mod generate;
 mod info;
@@ -10,6 +13,7 @@ mod logits;
 mod options;
 mod plan;
 mod quantize;
+mod sampling;
 mod verify;
 
 use std::path::PathBuf;
@@ -26,8 +30,11 @@ pub(crate) enum Command {
     Plan(Box<plan::Plan>),
     Eval(eval::Eval),
     Generate(generate::Generate),
+    Chat(chat::Chat),
+    Embed(embed::Embed),
     Logits(logits::Logits),
     Dequantize(dequantize::Dequantize),
+    Convert(convert::Convert),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     List(list::List),
@@ -42,8 +49,11 @@ impl Command {
             Command::Plan(command) => command.run(output),
             Command::Eval(command) => command.run(output),
             Command::Generate(command) => command.run(output),
+            Command::Chat(command) => command.run(output),
+            Command::Embed(command) => command.run(output),
             Command::Logits(command) => command.run(output),
             Command::Dequantize(command) => command.run(output),
+            Command::Convert(command) => command.run(output),
             Command::Inspect(command) => command.run(output),
             Command::Verify(command) => command.run(output),
             Command::List(command) => command.run(output),

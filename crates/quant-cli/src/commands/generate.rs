@@ -4,10 +4,11 @@ use std::fmt::Display;
 use std::ops::ControlFlow;
 
 use clap::Args;
-use quant::{Finish, GenerateOptions, Generated, Model, Sampling};
+use quant::{Finish, Generated, Model};
 use serde::Serialize;
 
 use super::model_path;
+use super::sampling::SamplingOptions;
 use crate::failure::Failure;
 use crate::output::{Output, escape, print};
 use crate::size::show;
@@ -24,30 +25,8 @@ pub(crate) struct Generate {
     /// Text to continue
     #[arg(long, short, value_name = "TEXT")]
     prompt: String,
-    /// New tokens at most
-    #[arg(long, short = 'n', default_value_t = 50, value_name = "N")]
-    max_new_tokens: usize,
-    /// Randomness; 0 always takes the most probable token
-    #[arg(long, short, default_value_t = 0.0, value_name = "T")]
-    temperature: f32,
-    /// Choose among this many of the most probable tokens; 0 is off
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    top_k: usize,
-    /// Choose among the fewest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
-    top_p: f32,
-    /// Choose among tokens of at least this share of the largest probability
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
-    min_p: f32,
-    /// Makes tokens that are in the text already less probable, above 1
-    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
-    repetition_penalty: f32,
-    /// Start of the random numbers
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    seed: u64,
-    /// End before this text; may be given again
-    #[arg(long, value_name = "TEXT")]
-    stop: Vec<String>,
+    #[command(flatten)]
+    sampling: SamplingOptions,
 }
 
 /// The JSON result.
@@ -67,19 +46,7 @@ pub(crate) struct GenerateReport {
 impl Generate {
     /// Runs the command.
     pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
-        let options = GenerateOptions {
-            max_new_tokens: self.max_new_tokens,
-            sampling: Sampling {
-                repetition_penalty: self.repetition_penalty,
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                seed: self.seed,
-            },
-            stop: self.stop.clone(),
-            ..GenerateOptions::default()
-        };
+        let options = self.sampling.options();
         let model = Model::open(&model_path(&self.model)?)?;
         let mut written = Ok(());
         if !output.json {
@@ -112,13 +79,7 @@ impl GenerateReport {
         Ok(Self {
             prompt: prompt.to_owned(),
             text: generated.text,
-            finish: match generated.finish {
-                Finish::Length => "length",
-                Finish::Eos => "eos",
-                Finish::Stop => "stop",
-                Finish::Context => "context",
-                Finish::Caller => "caller",
-            },
+            finish: finish_name(generated.finish),
             prompt_tokens,
             generated_tokens: generated.ids.len(),
             prompt_tokens_per_second: rate(prompt_tokens, generated.prompt_seconds),
@@ -138,6 +99,17 @@ impl GenerateReport {
             show(self.weight_bytes as u64),
             show(self.peak_rss_bytes),
         )
+    }
+}
+
+/// The word for why a generation ended.
+pub(crate) fn finish_name(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Length => "length",
+        Finish::Eos => "eos",
+        Finish::Stop => "stop",
+        Finish::Context => "context",
+        Finish::Caller => "caller",
     }
 }
 

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
-use quant::Model;
+use ndarray::Array2;
+use quant::{EncoderModel, Model};
 use quant_core::DenseTensor;
 use serde::Serialize;
 
@@ -12,7 +13,7 @@ use super::{Compute, model_path};
 use crate::failure::Failure;
 use crate::output::{Output, Table};
 
-/// Write a model's logits at every position of a text
+/// Write a model's logits at every position of a text; of an encoder, its last hidden state
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     quant logits models/llama-4bit --ids 1,15,27 --out logits.safetensors\n  \
@@ -27,7 +28,8 @@ pub(crate) struct Logits {
     /// Text instead of ids
     #[arg(long, short, value_name = "TEXT", conflicts_with = "ids")]
     prompt: Option<String>,
-    /// File to write, with the tensor `logits` [tokens, vocabulary]; an existing one is replaced
+    /// File to write, with the tensor `logits` [tokens, vocabulary] or, of an encoder,
+    /// `last_hidden_state` [tokens, hidden]; an existing one is replaced
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
     /// How products are computed
@@ -46,10 +48,23 @@ struct Report {
     compute: &'static str,
 }
 
+/// The JSON result for an encoder.
+#[derive(Serialize)]
+struct EncoderReport {
+    ids: Vec<u32>,
+    tokens: usize,
+    hidden_size: usize,
+    compute: &'static str,
+}
+
 impl Logits {
     /// Runs the command.
     pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
-        let model = Model::open(&model_path(&self.model)?)?;
+        let path = model_path(&self.model)?;
+        if quant::is_encoder(&path)? {
+            return self.hidden_states(&EncoderModel::open(&path)?, output);
+        }
+        let model = Model::open(&path)?;
         let ids = match &self.prompt {
             None => self.ids.clone(),
             Some(prompt) => model.tokenizer()?.encode(prompt, true).map_err(quant::Error::from)?,
@@ -60,12 +75,7 @@ impl Logits {
             let better = |best: usize, i: usize| if last[i] > last[best] { i } else { best };
             (0..vocab_size).reduce(better)
         });
-        if let Some(out) = &self.out {
-            let values = logits.as_slice().expect("logits are contiguous");
-            let tensor = DenseTensor::from_f32(&[tokens, vocab_size], values);
-            quant::write_safetensors(out, &[("logits".to_owned(), tensor)], &BTreeMap::new())
-                .map_err(quant::Error::from)?;
-        }
+        self.write("logits", &logits)?;
         let report = Report { ids, tokens, vocab_size, next, compute: self.compute.used() };
         output.result(&report, || {
             let mut table = Table::plain();
@@ -74,10 +84,41 @@ impl Logits {
             if let Some(next) = next {
                 table.pair("most probable next", next);
             }
-            if let Some(out) = &self.out {
-                table.pair("written", out.display());
-            }
+            self.show_file(&mut table);
             table.to_string()
         })
+    }
+
+    /// An encoder has no logits.
+    fn hidden_states(&self, model: &EncoderModel, output: Output) -> Result<(), Failure> {
+        let ids = match &self.prompt {
+            None => self.ids.clone(),
+            Some(prompt) => model.tokenizer()?.encode(prompt, true).map_err(quant::Error::from)?,
+        };
+        let states = model.hidden_states(&ids)?;
+        self.write("last_hidden_state", &states)?;
+        let (tokens, hidden_size) = states.dim();
+        let report = EncoderReport { ids, tokens, hidden_size, compute: self.compute.used() };
+        output.result(&report, || {
+            let mut table = Table::plain();
+            table.pair("tokens", tokens);
+            table.pair("hidden size", hidden_size);
+            self.show_file(&mut table);
+            table.to_string()
+        })
+    }
+
+    fn write(&self, name: &str, values: &Array2<f32>) -> Result<(), Failure> {
+        let Some(out) = &self.out else { return Ok(()) };
+        let (rows, cols) = values.dim();
+        let tensor = DenseTensor::from_f32(&[rows, cols], values.as_slice().expect("rows are contiguous"));
+        let tensors = [(name.to_owned(), tensor)];
+        Ok(quant::write_safetensors(out, &tensors, &BTreeMap::new()).map_err(quant::Error::from)?)
+    }
+
+    fn show_file(&self, table: &mut Table) {
+        if let Some(out) = &self.out {
+            table.pair("written", out.display());
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! The program as its users see it: arguments in, files, text and exit codes out.
 
 mod bad_input;
+mod chat;
+mod embed;
 mod end_to_end;
 mod gpt2;
 mod malformed;

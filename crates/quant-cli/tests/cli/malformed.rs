@@ -58,7 +58,7 @@ fn run_case(case: &Case) -> Result<(), String> {
         Stage::Load => vec!["verify", model],
         Stage::Values => vec!["dequantize", model, "--out", out_text],
         Stage::Tokenize => vec!["logits", model, "--prompt", "t3 hello", "--out", out_text],
-        Stage::Template => return Ok(()),
+        Stage::Template => vec!["chat", model, "--once", "hello", "--max-new-tokens", "4"],
     };
     let run = |arguments: &[&str]| {
         let limits = limits();
@@ -109,6 +109,11 @@ fn index() {
 #[test]
 fn tokenizer() {
     all("tokenizer");
+}
+
+#[test]
+fn template() {
+    all("template");
 }
 
 #[test]

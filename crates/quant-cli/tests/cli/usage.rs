@@ -6,8 +6,21 @@ use std::time::Duration;
 
 use crate::support::{QUANT, finish, has_keys, quant, wait};
 
-const COMMANDS: [&str; 10] =
-    ["quantize", "plan", "eval", "generate", "logits", "dequantize", "inspect", "verify", "list", "info"];
+const COMMANDS: [&str; 13] = [
+    "quantize",
+    "plan",
+    "eval",
+    "generate",
+    "chat",
+    "embed",
+    "logits",
+    "dequantize",
+    "convert",
+    "inspect",
+    "verify",
+    "list",
+    "info",
+];
 
 #[test]
 fn every_command_shows_two_examples() {
