@@ -55,7 +55,7 @@ use crate::packed::planes::{self, OUTPUTS};
 pub(crate) const HEIGHTS: [usize; 5] = [1, 2, 4, 8, 12];
 
 /// The most panels that a kernel takes.
-pub(crate) const MOST_PANELS: usize = 4;
+pub(crate) const MOST_PANELS: usize = 2;
 
 /// How a panel is stored and what its codes mean.
 #[derive(Clone, Debug, PartialEq)]

@@ -18,9 +18,6 @@ pub(crate) const OUTPUTS: usize = 16;
 /// Bytes of a vector of a plane.
 pub(crate) const VECTOR: usize = 4 * OUTPUTS;
 
-/// The planes there are, the widest first.
-pub(crate) const PLANES: [usize; 4] = [8, 4, 2, 1];
-
 /// Columns of a step: the fewest that fill whole vectors of all planes, and never fewer than 16.
 pub(crate) const fn unit(width: usize) -> usize {
     if width % 2 == 1 { 32 } else { 16 }
@@ -67,28 +64,49 @@ pub(crate) const fn part(width: usize, plane: usize, field: usize) -> Option<Par
 pub(crate) fn write<const WIDTH: usize>(codes: &[u8], output: usize, step: &mut [u8]) {
     for (field, four) in codes.as_chunks::<4>().0.iter().enumerate() {
         let word = u32::from_le_bytes(*four);
-        for plane in PLANES {
-            let Some(Part { vector, shift, mask }) = part(WIDTH, plane, field) else { continue };
-            let lane = &mut step[VECTOR * vector + 4 * output..][..4];
-            let bits = shifted(word & u32::from_le_bytes([mask; 4]), -shift);
-            let old = u32::from_le_bytes([lane[0], lane[1], lane[2], lane[3]]);
-            lane.copy_from_slice(&(old | bits).to_le_bytes());
-        }
+        write_plane::<WIDTH, 8>(word, field, output, step);
+        write_plane::<WIDTH, 4>(word, field, output, step);
+        write_plane::<WIDTH, 2>(word, field, output, step);
+        write_plane::<WIDTH, 1>(word, field, output, step);
     }
+}
+
+#[inline(always)]
+fn write_plane<const WIDTH: usize, const PLANE: usize>(
+    word: u32,
+    field: usize,
+    output: usize,
+    step: &mut [u8],
+) {
+    let Some(Part { vector, shift, mask }) = part(WIDTH, PLANE, field) else { return };
+    let lane = step[VECTOR * vector + 4 * output..].first_chunk_mut::<4>().expect("a lane");
+    let bits = shifted(word & u32::from_le_bytes([mask; 4]), -shift);
+    *lane = (u32::from_le_bytes(*lane) | bits).to_le_bytes();
 }
 
 /// The codes of a field of a step for outputs `first..first + L`, four columns in the bytes of each word.
 #[inline(always)]
 pub(crate) fn read<const WIDTH: usize, const L: usize>(step: &[u8], field: usize, first: usize) -> [u32; L] {
     let mut codes = [0; L];
-    for plane in PLANES {
-        let Some(Part { vector, shift, mask }) = part(WIDTH, plane, field) else { continue };
-        let lanes = step[VECTOR * vector + 4 * first..][..4 * L].as_chunks::<4>().0;
-        for (code, lane) in codes.iter_mut().zip(lanes) {
-            *code |= shifted(u32::from_le_bytes(*lane), shift) & u32::from_le_bytes([mask; 4]);
-        }
-    }
+    read_plane::<WIDTH, 8, L>(step, field, first, &mut codes);
+    read_plane::<WIDTH, 4, L>(step, field, first, &mut codes);
+    read_plane::<WIDTH, 2, L>(step, field, first, &mut codes);
+    read_plane::<WIDTH, 1, L>(step, field, first, &mut codes);
     codes
+}
+
+#[inline(always)]
+fn read_plane<const WIDTH: usize, const PLANE: usize, const L: usize>(
+    step: &[u8],
+    field: usize,
+    first: usize,
+    codes: &mut [u32; L],
+) {
+    let Some(Part { vector, shift, mask }) = part(WIDTH, PLANE, field) else { return };
+    let lanes = step[VECTOR * vector + 4 * first..][..4 * L].as_chunks::<4>().0;
+    for (code, lane) in codes.iter_mut().zip(lanes) {
+        *code |= shifted(u32::from_le_bytes(*lane), shift) & u32::from_le_bytes([mask; 4]);
+    }
 }
 
 /// A shift to the right, or to the left by a negative number.

@@ -104,9 +104,6 @@ macro_rules! columns {
     (2) => {
         32
     };
-    (4) => {
-        64
-    };
 }
 
 pub(crate) use {columns, kernel, kernels};

@@ -2,7 +2,7 @@
 
 use super::{Call, Offset};
 use crate::packed::params::Kind;
-use crate::packed::planes::{self, OUTPUTS, PLANES, Part, VECTOR};
+use crate::packed::planes::{self, OUTPUTS, Part, VECTOR};
 
 /// Vectors of `LANES` outputs: integers of 32 bits (or four bytes each) and f32.
 ///
@@ -18,7 +18,7 @@ pub(super) trait Vector {
     /// Floats.
     type Float: Copy;
 
-    /// How many fields [`Vector::dot`] likes to take at once when no code is above `max`: 1, 2, 4 or 8.
+    /// How many fields [`Vector::dot`] likes to take at once when no code is above `max`: 1, 2 or 4.
     fn fields(max: u8) -> usize;
     /// `LANES` words.
     unsafe fn load(at: *const u8) -> Self::Int;
@@ -49,8 +49,19 @@ pub(super) trait Vector {
     unsafe fn store(x: Self::Float, at: *mut f32);
 }
 
-/// How far ahead of its use a stream of weights is asked for, where few rows make memory the limit.
-const AHEAD: usize = 2048;
+/// A block for each field that a step may have, whose number is a constant there. The compiler leaves loops as they
+/// are when their bodies are as large as a step of a tile.
+macro_rules! unrolled {
+    ($field:ident => $body:block) => {
+        unrolled!($field, $body, 0 1 2 3 4 5 6 7)
+    };
+    ($field:ident, $body:block, $($number:literal)+) => {
+        $({
+            const $field: usize = $number;
+            $body
+        })+
+    };
+}
 
 /// The tile of `HEIGHT` rows and `PANELS` panels, `ROWS` rows (a divisor) and `COLS` vectors at a time.
 ///
@@ -133,35 +144,31 @@ unsafe fn part<
                 *acc = [V::splat(*rows.start.as_ptr().add(rest + r)); COLS];
             }
             for _ in 0..block.padded as usize / planes::unit(WIDTH) {
-                if ROWS == HEIGHT && HEIGHT <= 8 {
-                    for at in at {
-                        for line in (0..planes::step_bytes(WIDTH)).step_by(64) {
-                            crate::simd::prefetch(at.wrapping_add(AHEAD + line));
-                        }
-                    }
-                }
-                for field in (0..fields).step_by(at_once) {
-                    let mut w = [[center; 8]; COLS];
-                    for c in 0..COLS {
-                        for i in 0..at_once {
-                            let codes = unpack::<V, WIDTH>(at[c].add(4 * lane[c]), field + i);
-                            w[c][i] = match () {
-                                _ if TABLE => V::lookup(table, codes),
-                                _ if wide && V::CENTER != 0 => V::xor(codes, center),
-                                _ => codes,
-                            };
-                        }
-                    }
-                    for r in 0..ROWS {
-                        let mut x = [center; 8];
-                        for i in 0..at_once {
-                            x[i] = V::splat(q.add((field + i) * HEIGHT + r).cast::<i32>().read());
-                        }
+                unrolled!(FIELD => {
+                    if FIELD < fields && FIELD.is_multiple_of(at_once) {
+                        let mut w = [[center; 4]; COLS];
                         for c in 0..COLS {
-                            acc[r][c] = V::dot(acc[r][c], &w[c][..at_once], &x[..at_once], wide);
+                            let at = at[c].add(4 * lane[c]);
+                            w[c][0] = unpack::<V, WIDTH, TABLE, FIELD>(at, table, center);
+                            if at_once > 1 {
+                                w[c][1] = unpack::<V, WIDTH, TABLE, { FIELD | 1 }>(at, table, center);
+                            }
+                            if at_once > 2 {
+                                w[c][2] = unpack::<V, WIDTH, TABLE, { FIELD | 2 }>(at, table, center);
+                                w[c][3] = unpack::<V, WIDTH, TABLE, { FIELD | 3 }>(at, table, center);
+                            }
+                        }
+                        for r in 0..ROWS {
+                            let mut x = [center; 4];
+                            for i in 0..at_once {
+                                x[i] = V::splat(q.add((FIELD + i) * HEIGHT + r).cast::<i32>().read());
+                            }
+                            for c in 0..COLS {
+                                acc[r][c] = V::dot(acc[r][c], &w[c][..at_once], &x[..at_once], wide);
+                            }
                         }
                     }
-                }
+                });
                 q = q.add(fields * HEIGHT);
                 for at in &mut at {
                     *at = at.add(planes::step_bytes(WIDTH));
@@ -197,26 +204,54 @@ unsafe fn part<
     }
 }
 
-/// The codes of a field of the step at `at`, which points at the first of the lanes asked for.
+/// The images of the codes of a field of the step at `at`, which points at the first of the lanes asked for.
 ///
 /// # Safety
 /// The processor has the instructions of `V`, and all vectors of the step can be read.
 #[inline(always)]
-unsafe fn unpack<V: Vector, const WIDTH: usize>(at: *const u8, field: usize) -> V::Int {
-    // SAFETY: the caller's; all vectors lie within the step.
+unsafe fn unpack<V: Vector, const WIDTH: usize, const TABLE: bool, const FIELD: usize>(
+    at: *const u8,
+    table: V::Int,
+    center: V::Int,
+) -> V::Int {
+    // SAFETY: the caller's.
     unsafe {
-        let mut codes = None;
-        for plane in PLANES {
-            let Some(Part { vector, shift, mask }) = planes::part(WIDTH, plane, field) else { continue };
-            let mut words = V::load(at.add(VECTOR * vector));
-            if shift != 0 {
-                words = V::shift(words, shift);
-            }
-            if plane != 8 {
-                words = V::and(words, V::splat(i32::from_ne_bytes([mask; 4])));
-            }
-            codes = Some(codes.map_or(words, |codes| V::or(codes, words)));
+        let codes = plane::<V, 8>(at, const { planes::part(WIDTH, 8, FIELD) }, None);
+        let codes = plane::<V, 4>(at, const { planes::part(WIDTH, 4, FIELD) }, codes);
+        let codes = plane::<V, 2>(at, const { planes::part(WIDTH, 2, FIELD) }, codes);
+        let codes = plane::<V, 1>(at, const { planes::part(WIDTH, 1, FIELD) }, codes);
+        match codes {
+            Some(codes) if TABLE => V::lookup(table, codes),
+            Some(codes) if WIDTH == 8 && V::CENTER != 0 => V::xor(codes, center),
+            Some(codes) => codes,
+            None => center,
         }
-        codes.unwrap_or(V::splat(0))
+    }
+}
+
+/// Joins a part of the codes to those of wider planes.
+///
+/// # Safety
+/// As [`unpack`].
+#[inline(always)]
+unsafe fn plane<V: Vector, const PLANE: usize>(
+    at: *const u8,
+    part: Option<Part>,
+    codes: Option<V::Int>,
+) -> Option<V::Int> {
+    let Some(Part { vector, shift, mask }) = part else { return codes };
+    // SAFETY: the caller's.
+    unsafe {
+        let mut words = V::load(at.add(VECTOR * vector));
+        if shift != 0 {
+            words = V::shift(words, shift);
+        }
+        if PLANE != 8 {
+            words = V::and(words, V::splat(i32::from_ne_bytes([mask; 4])));
+        }
+        Some(match codes {
+            Some(codes) => V::or(codes, words),
+            None => words,
+        })
     }
 }

@@ -10,12 +10,12 @@ use crate::ukr::{Call, HEIGHTS, Kernel, table};
 
 /// Kernels with `vpdpbusd`. A tile of 12 rows and 2 panels has 24 sums in 32 registers.
 pub(in crate::ukr) const AVX512_VNNI: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx512Vnni, "avx512vnni", 0, with_vnni, [
-    (1, 4; 1, 4), (2, 4; 2, 4), (4, 4; 4, 4), (8, 2; 8, 2), (12, 2; 12, 2)
+    (1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 2; 8, 2), (12, 2; 12, 2)
 ]);
 
 /// Kernels without `vpdpbusd`.
 pub(in crate::ukr) const AVX512: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx512, "avx512", 128, without_vnni, [
-    (1, 4; 1, 4), (2, 4; 2, 4), (4, 2; 4, 2), (8, 1; 8, 1), (12, 1; 12, 1)
+    (1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 1; 8, 1), (12, 1; 12, 1)
 ]);
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
