@@ -33,14 +33,22 @@ pub(super) trait Vector {
     unsafe fn table(entries: &[u8; 16]) -> Self::Int;
     /// `table[byte]` for all bytes, which are below 16.
     unsafe fn lookup(table: Self::Int, bytes: Self::Int) -> Self::Int;
-    /// `acc + sum of weights[i] * activations[i]` over the four bytes of each lane. Activations are signed.
-    /// Weights are signed if `wide` and [`Vector::CENTER`] is 128; otherwise unsigned, below 128 unless `wide`.
-    unsafe fn dot(acc: Self::Int, weights: &[Self::Int], activations: &[Self::Int], wide: bool) -> Self::Int;
+    /// `acc + sum of weights[i] * activations[i]` over the first `n` vectors, 1, 2 or 4, and the four bytes of each
+    /// lane. Activations are signed. Weights are signed if `wide` and [`Vector::CENTER`] is 128; otherwise unsigned,
+    /// below 128 unless `wide`.
+    unsafe fn dot(
+        acc: Self::Int,
+        weights: [Self::Int; 4],
+        activations: [Self::Int; 4],
+        n: usize,
+        wide: bool,
+    ) -> Self::Int;
 
     unsafe fn to_float(words: Self::Int) -> Self::Float;
     unsafe fn splat_float(x: f32) -> Self::Float;
     /// `LANES` numbers of a type.
     unsafe fn load_params(kind: Kind, at: *const u8) -> Self::Float;
+    unsafe fn load_float(at: *const f32) -> Self::Float;
     unsafe fn mul(a: Self::Float, b: Self::Float) -> Self::Float;
     /// `-(a * b)`.
     unsafe fn neg_mul(a: Self::Float, b: Self::Float) -> Self::Float;
@@ -80,18 +88,54 @@ pub(super) unsafe fn tile<
     call: &mut Call<'_>,
 ) {
     const { assert!(HEIGHT.is_multiple_of(ROWS) && (PANELS * OUTPUTS).is_multiple_of(COLS * V::LANES)) };
-    for vector in (0..PANELS * OUTPUTS / V::LANES).step_by(COLS) {
-        for row in (0..HEIGHT).step_by(ROWS) {
-            // SAFETY: passed on.
-            unsafe { part::<V, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call, row, vector) }
+    let vectors = PANELS * OUTPUTS / V::LANES;
+    let blocks = call.blocks.list();
+    let mut place = Place::default();
+    call.out.fill(0.0);
+    while place.block < blocks.len() {
+        // One part goes through all blocks; several go through some at a time, while these sit in cache.
+        let last = blocks[place.block].start as usize + DEPTH;
+        let end = match (ROWS, COLS) == (HEIGHT, vectors) {
+            true => blocks.len(),
+            false => {
+                place.block + blocks[place.block..].partition_point(|block| (block.start as usize) < last)
+            }
+        };
+        let mut next = place;
+        for vector in (0..vectors).step_by(COLS) {
+            for row in (0..HEIGHT).step_by(ROWS) {
+                next = place;
+                // SAFETY: passed on.
+                unsafe {
+                    part::<V, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call, row, vector, &mut next, end)
+                }
+            }
         }
+        place = next;
     }
 }
 
-/// Rows `row..row + ROWS` and vectors `vector..vector + COLS` of a tile.
+/// Columns that the parts of a tile go through together: 16 KiB of activations and 8 of weights of 4 bits, in a
+/// level-1 cache of 32.
+const DEPTH: usize = 1024;
+
+/// Where a part has got to.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    /// The next block.
+    block: usize,
+    /// Its parameters in a panel, unless they come next.
+    header: usize,
+    /// What comes next in a panel.
+    at: usize,
+    /// Its activations.
+    fours: usize,
+}
+
+/// Adds the blocks `place.block..end` to rows `row..row + ROWS` and vectors `vector..vector + COLS` of a tile.
 ///
 /// # Safety
-/// As [`tile`].
+/// As [`tile`]; `place` was left by this function at the block before, or is the beginning.
 #[expect(clippy::needless_range_loop, reason = "loops over arrays of registers, several at once")]
 #[inline(always)]
 unsafe fn part<
@@ -106,6 +150,8 @@ unsafe fn part<
     call: &mut Call<'_>,
     row: usize,
     vector: usize,
+    place: &mut Place,
+    end: usize,
 ) {
     let Call { blocks, format, panels, rows, out } = call;
     let fields = planes::fields(WIDTH);
@@ -120,18 +166,21 @@ unsafe fn part<
         let image = format.table.map(|table| table.image.map(|x| x ^ V::CENTER));
         let table = V::table(&image.unwrap_or([0; 16]));
         let center = V::splat(i32::from_ne_bytes([V::CENTER; 4]));
+        let zero = V::splat_float(0.0);
         let step = V::splat_float(format.table.map_or(1.0, |table| table.step));
 
-        let mut header = [std::ptr::null(); COLS];
         let mut at = [std::ptr::null(); COLS];
+        let mut header = [std::ptr::null(); COLS];
         let mut lane = [0; COLS];
+        let out = out.as_mut_ptr().add(row * PANELS * OUTPUTS + vector * V::LANES);
         for c in 0..COLS {
-            at[c] = panels[(vector + c) * V::LANES / OUTPUTS].as_ptr();
+            let panel = panels[(vector + c) * V::LANES / OUTPUTS].as_ptr();
+            (at[c], header[c]) = (panel.add(place.at), panel.add(place.header));
             lane[c] = (vector + c) * V::LANES % OUTPUTS;
         }
-        let mut q = rows.codes.as_ptr().add(row);
-        let mut sums = [[V::splat_float(0.0); COLS]; ROWS];
-        for (b, block) in blocks.list().iter().enumerate() {
+        let first = rows.codes.as_ptr().add(place.fours + row);
+        let mut q = first;
+        for (b, block) in blocks.list().iter().enumerate().take(end).skip(place.block) {
             if block.first {
                 for c in 0..COLS {
                     header[c] = at[c];
@@ -159,12 +208,17 @@ unsafe fn part<
                             }
                         }
                         for r in 0..ROWS {
-                            let mut x = [center; 4];
-                            for i in 0..at_once {
-                                x[i] = V::splat(q.add((FIELD + i) * HEIGHT + r).cast::<i32>().read());
+                            let fours = q.add(FIELD * HEIGHT + r).cast::<i32>();
+                            let mut x = [V::splat(fours.read()); 4];
+                            if at_once > 1 {
+                                x[1] = V::splat(fours.add(HEIGHT).read());
+                            }
+                            if at_once > 2 {
+                                x[2] = V::splat(fours.add(2 * HEIGHT).read());
+                                x[3] = V::splat(fours.add(3 * HEIGHT).read());
                             }
                             for c in 0..COLS {
-                                acc[r][c] = V::dot(acc[r][c], &w[c][..at_once], &x[..at_once], wide);
+                                acc[r][c] = V::dot(acc[r][c], w[c], x, at_once, wide);
                             }
                         }
                     }
@@ -175,32 +229,45 @@ unsafe fn part<
                 }
             }
 
+            let (mut scale, mut offset) = ([zero; COLS], [zero; COLS]);
             for c in 0..COLS {
                 let stored = V::load_params(format.scale, header[c].add(lane[c] * format.scale.size()));
-                let scale = if TABLE { V::mul(stored, step) } else { stored };
-                for r in 0..ROWS {
-                    let by = V::splat_float(*rows.scale.as_ptr().add(rest + r));
-                    sums[r][c] = V::fma(V::mul(V::to_float(acc[r][c]), scale), by, sums[r][c]);
-                }
+                scale[c] = if TABLE { V::mul(stored, step) } else { stored };
                 if let Some(kind) = format.offset.kind() {
                     let number = V::load_params(kind, header[c].add(second + lane[c] * kind.size()));
-                    let offset = match format.offset {
+                    offset[c] = match format.offset {
                         Offset::Zero(_) => V::neg_mul(stored, number),
                         _ => number,
                     };
-                    for r in 0..ROWS {
-                        let sum = V::splat_float(*rows.sum.as_ptr().add(rest + r));
-                        sums[r][c] = V::fma(sum, offset, sums[r][c]);
+                }
+            }
+            // The sums stay in memory, in the nearest cache: registers are for the integers. These loops are short,
+            // so that they are unrolled; an index into `acc` that is no constant would put it into memory as well.
+            for r in 0..ROWS {
+                let by = V::splat_float(*rows.scale.as_ptr().add(rest + r));
+                for c in 0..COLS {
+                    let sum = out.add(r * PANELS * OUTPUTS + c * V::LANES);
+                    let scaled = V::mul(V::to_float(acc[r][c]), scale[c]);
+                    V::store(V::fma(scaled, by, V::load_float(sum)), sum);
+                }
+            }
+            if format.offset != Offset::None {
+                for r in 0..ROWS {
+                    let by = V::splat_float(*rows.sum.as_ptr().add(rest + r));
+                    for c in 0..COLS {
+                        let sum = out.add(r * PANELS * OUTPUTS + c * V::LANES);
+                        V::store(V::fma(by, offset[c], V::load_float(sum)), sum);
                     }
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (c, sum) in sums.iter().enumerate() {
-                let to = (row + r) * PANELS * OUTPUTS + (vector + c) * V::LANES;
-                V::store(*sum, out.as_mut_ptr().add(to));
-            }
-        }
+        let panel = panels[vector * V::LANES / OUTPUTS].as_ptr();
+        *place = Place {
+            block: end,
+            header: header[0].offset_from_unsigned(panel),
+            at: at[0].offset_from_unsigned(panel),
+            fours: place.fours + q.offset_from_unsigned(first),
+        };
     }
 }
 

@@ -20,9 +20,8 @@ pub(in crate::ukr) const AVX2: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa
 
 /// The kernels of [`AVX_VNNI`] with the 256-bit form of AVX-512, so that their code is tested on more machines.
 #[cfg(test)]
-pub(in crate::ukr) const AVX512_VNNI_YMM: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx512Vnni, "avx512vnni_ymm", 0, with_vnni_of_512, [
-    (1, 2; 1, 4), (2, 2; 2, 4), (4, 1; 4, 2), (8, 1; 4, 2), (12, 1; 6, 2)
-]);
+pub(in crate::ukr) const AVX512_VNNI_YMM: [Kernel; 9 * 2] =
+    table::kernels!(Isa::Avx512Vnni, "avx512vnni_ymm", 0, with_vnni_of_512, [(2, 2; 2, 4), (12, 1; 6, 2)]);
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn with_vnni<
@@ -75,7 +74,6 @@ const NONE: u8 = 0;
 /// That of AVX-VNNI.
 const AVX: u8 = 1;
 /// That of AVX-512 VL and VNNI.
-#[cfg_attr(not(test), expect(dead_code, reason = "machines with it have wider vectors too"))]
 const AVX512: u8 = 2;
 
 /// Eight words, with one `vpdpbusd` or the other.
@@ -129,19 +127,18 @@ impl<const VNNI: u8> Vector for Ymm<VNNI> {
         _mm256_shuffle_epi8(table, bytes)
     }
     #[inline(always)]
-    unsafe fn dot(mut acc: __m256i, weights: &[__m256i], activations: &[__m256i], wide: bool) -> __m256i {
-        if VNNI != NONE {
-            for (w, x) in weights.iter().zip(activations) {
-                acc = match VNNI {
-                    AVX => _mm256_dpbusd_avx_epi32(acc, *w, *x),
-                    _ => _mm256_dpbusd_epi32(acc, *w, *x),
-                };
-            }
-            return acc;
+    unsafe fn dot(acc: __m256i, w: [__m256i; 4], x: [__m256i; 4], n: usize, wide: bool) -> __m256i {
+        match VNNI {
+            AVX => return _mm256_dpbusd_avx_epi32(acc, w[0], x[0]),
+            AVX512 => return _mm256_dpbusd_epi32(acc, w[0], x[0]),
+            _ => {}
         }
-        let mut sum = pairs(weights[0], activations[0], wide);
-        for (w, x) in weights.iter().zip(activations).skip(1) {
-            sum = _mm256_add_epi16(sum, pairs(*w, *x, wide));
+        let mut sum = pairs(w[0], x[0], wide);
+        if n > 1 {
+            sum = _mm256_add_epi16(sum, pairs(w[1], x[1], wide));
+        }
+        if n > 2 {
+            sum = _mm256_add_epi16(sum, _mm256_add_epi16(pairs(w[2], x[2], wide), pairs(w[3], x[3], wide)));
         }
         _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)))
     }
@@ -165,6 +162,10 @@ impl<const VNNI: u8> Vector for Ymm<VNNI> {
             }
             Kind::F32 => _mm256_loadu_ps(at.cast()),
         }
+    }
+    #[inline(always)]
+    unsafe fn load_float(at: *const f32) -> __m256 {
+        _mm256_loadu_ps(at)
     }
     #[inline(always)]
     unsafe fn mul(a: __m256, b: __m256) -> __m256 {

@@ -99,16 +99,16 @@ impl<const VNNI: bool> Vector for Zmm<VNNI> {
         _mm512_shuffle_epi8(table, bytes)
     }
     #[inline(always)]
-    unsafe fn dot(mut acc: __m512i, weights: &[__m512i], activations: &[__m512i], wide: bool) -> __m512i {
+    unsafe fn dot(acc: __m512i, w: [__m512i; 4], x: [__m512i; 4], n: usize, wide: bool) -> __m512i {
         if VNNI {
-            for (w, x) in weights.iter().zip(activations) {
-                acc = _mm512_dpbusd_epi32(acc, *w, *x);
-            }
-            return acc;
+            return _mm512_dpbusd_epi32(acc, w[0], x[0]);
         }
-        let mut sum = pairs(weights[0], activations[0], wide);
-        for (w, x) in weights.iter().zip(activations).skip(1) {
-            sum = _mm512_add_epi16(sum, pairs(*w, *x, wide));
+        let mut sum = pairs(w[0], x[0], wide);
+        if n > 1 {
+            sum = _mm512_add_epi16(sum, pairs(w[1], x[1], wide));
+        }
+        if n > 2 {
+            sum = _mm512_add_epi16(sum, _mm512_add_epi16(pairs(w[2], x[2], wide), pairs(w[3], x[3], wide)));
         }
         _mm512_add_epi32(acc, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)))
     }
@@ -132,6 +132,10 @@ impl<const VNNI: bool> Vector for Zmm<VNNI> {
             }
             Kind::F32 => _mm512_loadu_ps(at.cast()),
         }
+    }
+    #[inline(always)]
+    unsafe fn load_float(at: *const f32) -> __m512 {
+        _mm512_loadu_ps(at)
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
