@@ -11,6 +11,8 @@ use quant_kernels::isa::{self, Isa, IsaError};
 use quant_methods::MethodOptions;
 use serde::Serialize;
 
+pub use crate::convert::{KINDS, LayoutSupport, layout_support};
+
 /// An entry of a list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Entry {

@@ -107,6 +107,48 @@ pub(super) fn express(matrix: &QuantizedMatrix, form: &Form) -> Option<Quantized
     result.validate().is_ok().then_some(result)
 }
 
+/// Bits of integer codes that hold those of a matrix: around the middle of the range for a symmetric grid, else from
+/// zero on. `None` if its values are no integers times a scale.
+pub(super) fn bits_needed(matrix: &QuantizedMatrix, symmetric: bool) -> Option<u8> {
+    let levels = Levels::of(&matrix.grid, matrix.codes.max())?;
+    if symmetric {
+        let (mut low, mut high) = (0i64, 0i64);
+        let cols = matrix.cols();
+        let mut codes = vec![0; cols];
+        for r in 0..matrix.rows() {
+            matrix.codes.unpack_row(r, &mut codes);
+            let mut c = 0;
+            while c < cols {
+                let end = matrix.groups.run_end(r, c, cols);
+                let zero = zero_of(matrix, levels.unit, matrix.groups.index(r, c, cols));
+                if zero.fract() != 0.0 || zero.abs() > 512.0 {
+                    return None;
+                }
+                for &code in &codes[c..end] {
+                    let level = i64::from(levels.of_code[usize::from(code)]) - zero as i64;
+                    (low, high) = (low.min(level), high.max(level));
+                }
+                c = end;
+            }
+        }
+        return (1..=8).find(|&bits| -(1 << (bits - 1)) <= low && high < 1 << (bits - 1));
+    }
+    let most = levels.of_code.iter().copied().max()?;
+    (1..=8).find(|&bits| most - levels.least() < 1 << bits)
+}
+
+/// Where the zero of a group lies, in units of the grid. A quotient may be rounded here.
+fn zero_of(matrix: &QuantizedMatrix, unit: f32, group: usize) -> f64 {
+    match &matrix.offset {
+        Offset::None => 0.0,
+        Offset::Zero(zeros) => f64::from(zeros.get(group)) / f64::from(unit),
+        Offset::Shift { param, sign } => {
+            let scale = f64::from(matrix.scales.get(group)) * f64::from(unit);
+            -f64::from(sign * param.get(group)) / scale
+        }
+    }
+}
+
 /// The form in which a matrix has its zero now.
 pub(super) fn offset_form(offset: &Offset) -> Option<OffsetForm> {
     Some(match offset {
@@ -126,15 +168,7 @@ fn integers(
 ) -> Option<(Codes, Grid, Offset)> {
     let bits = form.spec.bits;
     let unit = f64::from(levels.unit);
-    // In units of the grid: where the group's zero lies. A quotient may be rounded here.
-    let zero = |g: usize| match &matrix.offset {
-        Offset::None => 0.0,
-        Offset::Zero(zeros) => f64::from(zeros.get(g)) / unit,
-        Offset::Shift { param, sign } => {
-            let scale = f64::from(matrix.scales.get(g)) * unit;
-            -f64::from(sign * param.get(g)) / scale
-        }
-    };
+    let zero = |g: usize| zero_of(matrix, levels.unit, g);
     if form.spec.symmetric {
         // Codes around the middle, whatever zero points there were: bits may be needed for it, reals are not lost.
         let middle = 1i32 << (bits - 1);

@@ -7,6 +7,7 @@
 mod exact;
 mod express;
 mod search;
+mod support;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,8 @@ use quant_model::ArchSpec;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+
+pub use self::support::{KINDS, LayoutSupport, layout_support};
 
 use self::search::{Route, Target};
 use crate::error::Error;
@@ -163,8 +166,7 @@ fn plan(
     config: &ConvertConfig,
     progress: &dyn Progress,
 ) -> Result<Vec<Planned>, Error> {
-    let requantize = config.allow_requantize;
-    let target = Target { layout, config: source.config(), as_f16: config.as_f16, requantize };
+    let mut target = Target::new(layout, source.config(), config);
     let modules: Vec<&str> = source.quantized_modules().collect();
     progress.begin(&format!("comparing with {}", layout.id()), modules.len() as u64);
     let mut planned = Vec::with_capacity(modules.len());
@@ -237,12 +239,7 @@ fn write(
         writer.write(&tensor.name, &source.tensor(&tensor.name)?)?;
         progress.advance(&tensor.name, tensor.byte_len().unwrap_or(0));
     }
-    let target = Target {
-        layout,
-        config: source.config(),
-        as_f16: config.as_f16,
-        requantize: config.allow_requantize,
-    };
+    let target = Target::new(layout, source.config(), config);
     for Planned { module, route, .. } in &planned {
         let linear = read(source, module)?;
         for (name, tensor) in target.tensors(module, &linear, &route.step, &route.spec, &route.input)? {

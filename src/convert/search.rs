@@ -1,6 +1,7 @@
 //! Finding the form in which a layout holds a layer.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use quant_core::{
     ActSpec, DType, DenseTensor, GridKind, GroupSize, ParamsKind, QuantSpec, QuantizedLinear, QuantizedMatrix,
@@ -9,9 +10,9 @@ use quant_formats::{FormatError, Layout, PlannedLayer, PlannedTensor, StoredMode
 use quant_methods::{LayerStats, LayerWeights, MethodOptions};
 use serde_json::{Map, Value};
 
-use super::Verdict;
 use super::exact::{Difference, difference};
-use super::express::{Form, OffsetForm, express, offset_form};
+use super::express::{Form, OffsetForm, bits_needed, express, offset_form};
+use super::{ConvertConfig, Verdict};
 use crate::error::Error;
 
 /// Where layers are to go.
@@ -23,6 +24,8 @@ pub(super) struct Target<'a> {
     pub(super) as_f16: bool,
     /// Layers that cannot be held may be rounded anew.
     pub(super) requantize: bool,
+    /// What the layout has taken so far: tried first, for layers of a model are alike.
+    accepted: Vec<Key>,
 }
 
 /// How a layer goes into the layout; enough to do it again.
@@ -69,27 +72,47 @@ impl Route {
     }
 }
 
-impl Target<'_> {
+impl<'a> Target<'a> {
+    /// A layout for a model with this `config.json`.
+    pub(super) fn new(layout: &'static dyn Layout, config: &'a Value, options: &ConvertConfig) -> Self {
+        let ConvertConfig { as_f16, allow_requantize: requantize, .. } = *options;
+        Self { layout, config, as_f16, requantize, accepted: Vec::new() }
+    }
+
     /// The smallest form with the same real numbers; else the one that is nearest with the same codes; else, where
     /// allowed, codes made anew.
-    pub(super) fn route(&self, module: &str, linear: &QuantizedLinear) -> Result<Route, Error> {
+    pub(super) fn route(&mut self, module: &str, linear: &QuantizedLinear) -> Result<Route, Error> {
         let mut nearest: Option<Route> = None;
         let mut refusal = None;
+        // Groups and bits change sizes, not numbers: what was tried in one form is not tried in a larger one.
+        let mut tried: Vec<(Key, ActSpec)> = Vec::new();
         for (form, input) in self.forms(module, linear) {
+            let key = Key::of(&form);
+            if tried.contains(&(key, input.clone())) {
+                continue;
+            }
             let Some(matrix) = express(&linear.weight, &form) else { continue };
+            tried.push((key, input.clone()));
             let apart = difference(&linear.weight, &matrix);
             // Writing is dear; only what would win is tried.
             if !self.same(&apart) && nearest.as_ref().is_some_and(|n| n.difference.max_abs <= apart.max_abs) {
                 continue;
             }
             match self.try_form(module, linear, form, input) {
-                Ok(route) if route.verdict == Verdict::Identical => return Ok(route),
                 Ok(route) => {
+                    self.accepted.push(key);
+                    if route.verdict == Verdict::Identical {
+                        return Ok(route);
+                    }
                     if nearest.as_ref().is_none_or(|n| route.difference.max_abs < n.difference.max_abs) {
                         nearest = Some(route);
                     }
                 }
-                Err(error) => refusal = Some(error),
+                Err(error) => {
+                    // It may hold in other groups.
+                    tried.pop();
+                    refusal = Some(error);
+                }
             }
         }
         match nearest {
@@ -204,56 +227,106 @@ impl Target<'_> {
         Err(Error::Convert { module: module.to_owned(), layout: self.layout.id(), because })
     }
 
-    /// All forms that the layout may store, smallest first, and the inputs with them.
+    /// All forms that the layout may store, smallest first, and the inputs with them. Of forms of one size, those that
+    /// it has taken before come first.
     fn forms(&self, module: &str, linear: &QuantizedLinear) -> Vec<(Form, ActSpec)> {
         let matrix = &linear.weight;
-        let (from, rows, cols) = (matrix.spec(), matrix.rows(), matrix.cols());
-        let mut kinds = vec![from.scales];
-        kinds.extend(
-            [ParamsKind::F16, ParamsKind::F32, ParamsKind::BF16, ParamsKind::E8M0]
-                .into_iter()
-                .filter(|k| *k != from.scales),
-        );
         let mut inputs = vec![linear.input.clone()];
         if linear.input != ActSpec::Float {
             inputs.push(ActSpec::Float);
         }
-        let mut found: Vec<(u64, usize, Form, ActSpec)> = Vec::new();
-        for input in &inputs {
-            for grid in
-                [Some(from.grid), (from.grid != GridKind::Int).then_some(GridKind::Int)].into_iter().flatten()
-            {
-                let most = if grid == GridKind::Int { 8 } else { from.bits };
-                for bits in from.bits..=most {
-                    for group in groups_for(&from, cols) {
-                        for &scales in &kinds {
-                            for symmetric in [true, false] {
-                                for act_order in [from.act_order, false] {
-                                    let spec = QuantSpec { bits, grid, group, scales, symmetric, act_order };
-                                    let base = PlannedLayer::new(module, &spec, rows, cols);
-                                    let layer = PlannedLayer { bias: bias(linear), input, ..base };
-                                    if self.layout.can_store(&layer).is_err() {
-                                        continue;
-                                    }
-                                    let plan = self.layout.planned(&layer);
-                                    let bytes = plan.iter().filter_map(PlannedTensor::byte_len).sum();
-                                    for offset in offsets_for(matrix, &spec) {
-                                        let form = Form { spec, offset };
-                                        if !found.iter().any(|(.., f, i)| *f == form && i == input) {
-                                            found.push((bytes, found.len(), form, input.clone()));
-                                        }
-                                    }
-                                }
-                            }
-                        }
-                    }
+        let mut found = Vec::new();
+        for input in inputs {
+            for choice in choices(matrix) {
+                let Some((spec, bytes)) = self.smallest_bits(module, linear, &choice, &input) else {
+                    continue;
+                };
+                for offset in offsets_for(matrix, &spec) {
+                    let form = Form { spec, offset };
+                    let new = !self.accepted.contains(&Key::of(&form));
+                    // Inputs that stay as they are come first, whatever the size.
+                    found.push(((input != linear.input, bytes, new), form, input.clone()));
                 }
             }
         }
-        // Inputs that stay as they are come first, whatever the size.
-        found.sort_by_key(|(bytes, number, _, input)| (*input != linear.input, *bytes, *number));
-        found.into_iter().map(|(_, _, form, input)| (form, input)).collect()
+        found.sort_by_key(|(rank, ..)| *rank);
+        found.into_iter().map(|(_, form, input)| (form, input)).collect()
     }
+
+    /// The specification with the fewest bits that can be stored, of those that hold the codes, and its bytes.
+    fn smallest_bits(
+        &self,
+        module: &str,
+        linear: &QuantizedLinear,
+        choice: &Choice,
+        input: &ActSpec,
+    ) -> Option<(QuantSpec, u64)> {
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        choice.bits.clone().find_map(|bits| {
+            let spec = QuantSpec { bits, ..choice.spec };
+            let layer =
+                PlannedLayer { bias: bias(linear), input, ..PlannedLayer::new(module, &spec, rows, cols) };
+            self.layout.can_store(&layer).ok()?;
+            let plan = self.layout.planned(&layer);
+            Some((spec, plan.iter().filter_map(PlannedTensor::byte_len).sum()))
+        })
+    }
+}
+
+/// What a layout takes or does not take, whatever the size of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    grid: GridKind,
+    scales: ParamsKind,
+    symmetric: bool,
+    act_order: bool,
+    offset: OffsetForm,
+}
+
+impl Key {
+    fn of(form: &Form) -> Self {
+        let QuantSpec { grid, scales, symmetric, act_order, .. } = form.spec;
+        Self { grid, scales, symmetric, act_order, offset: form.offset }
+    }
+}
+
+/// A specification with the bits left open.
+struct Choice {
+    spec: QuantSpec,
+    bits: RangeInclusive<u8>,
+}
+
+/// Every specification in which the codes of a matrix may be kept.
+fn choices(matrix: &QuantizedMatrix) -> Vec<Choice> {
+    let (from, cols) = (matrix.spec(), matrix.cols());
+    let mut grids: Vec<(GridKind, bool, RangeInclusive<u8>)> = Vec::new();
+    if from.grid != GridKind::Int {
+        grids.push((from.grid, from.symmetric, from.bits..=from.bits));
+    }
+    for symmetric in [true, false] {
+        if let Some(least) = bits_needed(matrix, symmetric) {
+            grids.push((GridKind::Int, symmetric, least..=8));
+        }
+    }
+    let kinds = [from.scales, ParamsKind::F16, ParamsKind::F32, ParamsKind::BF16, ParamsKind::E8M0];
+    let orders = [from.act_order, false];
+    let mut choices = Vec::new();
+    for (grid, symmetric, bits) in grids {
+        for group in groups_for(&from, cols) {
+            for scales in distinct(&kinds) {
+                for act_order in distinct(&orders) {
+                    let spec = QuantSpec { grid, symmetric, group, scales, act_order, ..from };
+                    choices.push(Choice { spec, bits: bits.clone() });
+                }
+            }
+        }
+    }
+    choices
+}
+
+/// The entries without those that came before.
+fn distinct<T: Copy + PartialEq>(list: &[T]) -> impl Iterator<Item = T> {
+    list.iter().enumerate().filter(|(i, entry)| !list[..*i].contains(entry)).map(|(_, entry)| *entry)
 }
 
 /// The type of the bias.
@@ -269,14 +342,7 @@ fn groups_for(from: &QuantSpec, cols: usize) -> Vec<GroupSize> {
     for len in all {
         groups.extend([GroupSize::Columns(len), GroupSize::Flat(len)]);
     }
-    let mut known = Vec::new();
-    groups.retain(|g| {
-        !known.contains(g) && {
-            known.push(*g);
-            true
-        }
-    });
-    groups
+    distinct(&groups).collect()
 }
 
 /// The ways to place zero that a specification leaves open.

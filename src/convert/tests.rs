@@ -47,7 +47,8 @@ fn values(m: &QuantizedMatrix) -> Vec<f64> {
 /// Converts one layer and checks what is said of it. `None` if it was refused.
 fn judged(layout: &'static dyn Layout, matrix: &QuantizedMatrix, requantize: bool) -> Option<Verdict> {
     let config = serde_json::json!({ "hidden_size": matrix.cols() });
-    let target = Target { layout, config: &config, as_f16: false, requantize };
+    let options = ConvertConfig { allow_requantize: requantize, ..ConvertConfig::new(layout.id()) };
+    let mut target = Target::new(layout, &config, &options);
     let linear = QuantizedLinear::new(matrix.clone());
     let route = match target.route("m", &linear) {
         Ok(route) => route,

@@ -8,6 +8,7 @@ mod eval;
 mod generate;
 mod info;
 mod inspect;
+mod lint;
 mod list;
 mod logits;
 mod options;
@@ -37,6 +38,7 @@ pub(crate) enum Command {
     Convert(convert::Convert),
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
+    Lint(lint::Lint),
     List(list::List),
     Info(info::Info),
 }
@@ -56,6 +58,7 @@ impl Command {
             Command::Convert(command) => command.run(output),
             Command::Inspect(command) => command.run(output),
             Command::Verify(command) => command.run(output),
+            Command::Lint(command) => command.run(output),
             Command::List(command) => command.run(output),
             Command::Info(command) => command.run(output),
         }

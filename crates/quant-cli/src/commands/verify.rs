@@ -1,7 +1,7 @@
 //! `quant verify`.
 
 use clap::Args;
-use quant::{Finding, Severity};
+use quant::{Finding, Severity, Verification};
 
 use super::model_path;
 use crate::failure::Failure;
@@ -21,17 +21,21 @@ pub(crate) struct Verify {
 impl Verify {
     /// Runs the command.
     pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
-        let verification = quant::verify(&model_path(&self.model)?)?;
-        let errors = verification.findings.iter().filter(|f| f.severity == Severity::Error).count();
-        for finding in &verification.findings {
-            say(&escape(&line(finding)));
-        }
-        output.result(&verification, || match verification.ok {
-            true => "ok\n".to_owned(),
-            false => format!("{errors} errors\n"),
-        })?;
-        if verification.ok { Ok(()) } else { Err(Failure::Found(format!("{}: {errors} errors", self.model))) }
+        report(&self.model, &quant::verify(&model_path(&self.model)?)?, output)
     }
+}
+
+/// Tells what was found in a model; an error if any of it is one.
+pub(crate) fn report(model: &str, verification: &Verification, output: Output) -> Result<(), Failure> {
+    let errors = verification.findings.iter().filter(|f| f.severity == Severity::Error).count();
+    for finding in &verification.findings {
+        say(&escape(&line(finding)));
+    }
+    output.result(verification, || match verification.ok {
+        true => "ok\n".to_owned(),
+        false => format!("{errors} errors\n"),
+    })?;
+    if verification.ok { Ok(()) } else { Err(Failure::Found(format!("{model}: {errors} errors"))) }
 }
 
 fn line(finding: &Finding) -> String {

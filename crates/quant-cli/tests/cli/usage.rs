@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::support::{QUANT, finish, has_keys, quant, wait};
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 14] = [
     "quantize",
     "plan",
     "eval",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 13] = [
     "convert",
     "inspect",
     "verify",
+    "lint",
     "list",
     "info",
 ];
