@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod chat;
+mod convert;
 mod embed;
 mod end_to_end;
 mod gpt2;
