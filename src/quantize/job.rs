@@ -39,6 +39,13 @@ impl Target {
         let bias = format!("{}.bias", self.module);
         self.tensors.iter().filter(|t| t.name != bias).filter_map(PlannedTensor::byte_len).sum()
     }
+
+    /// What it is to its layout.
+    pub(crate) fn layer<'b>(&'b self, spec: &'b QuantSpec) -> PlannedLayer<'b> {
+        let name = format!("{}.bias", self.module);
+        let bias = self.tensors.iter().find(|tensor| tensor.name == name).map(|tensor| tensor.dtype);
+        PlannedLayer { bias, ..PlannedLayer::new(&self.module, spec, self.rows, self.cols) }
+    }
 }
 
 /// A run, ready to start: nothing has been read but headers, nothing written.

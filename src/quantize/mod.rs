@@ -95,7 +95,11 @@ pub fn quantize(
 impl Job<'_> {
     fn write_options(&self) -> WriteOptions {
         let QuantizeConfig { shard_size, overwrite, .. } = *self.config;
-        WriteOptions { shard_size, overwrite, ..WriteOptions::default() }
+        let layers: Vec<_> = self.targets.iter().map(|target| target.layer(&self.spec)).collect();
+        let carried: Vec<_> = self.carried.iter().map(|tensor| &tensor.name[..]).collect();
+        let mut options = WriteOptions { shard_size, overwrite, ..WriteOptions::default() };
+        options.metadata.extend(self.layout.header_notes(&layers, &carried));
+        options
     }
 
     /// Tokens per sample: what was asked for, at most the context of the model.

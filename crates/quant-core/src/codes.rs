@@ -122,14 +122,11 @@ pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
         }
         // Eight codes fill `bits` whole bytes, which fit a u64.
         _ => {
-            let mask = (1u64 << bits) - 1;
             for (chunk, bytes) in out.chunks_mut(8).zip(bytes.chunks(usize::from(bits))) {
                 let mut word = [0; 8];
                 word[..bytes.len()].copy_from_slice(bytes);
-                let word = u64::from_le_bytes(word);
-                for (i, o) in chunk.iter_mut().enumerate() {
-                    *o = (word >> (i * usize::from(bits)) & mask) as u8;
-                }
+                let codes = spread(bits, u64::from_le_bytes(word)).to_le_bytes();
+                chunk.copy_from_slice(&codes[..chunk.len()]);
             }
         }
     }
@@ -137,12 +134,34 @@ pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
 
 /// Packs codes into a bit stream; the last byte is padded with zero bits. The inverse of [`unpack`].
 pub fn pack(bits: u8, values: &[u8], bytes: &mut [u8]) {
-    let mask = (1u64 << bits) - 1;
     for (chunk, bytes) in values.chunks(8).zip(bytes.chunks_mut(usize::from(bits))) {
-        let word = chunk.iter().rev().fold(0u64, |word, &v| word << bits | u64::from(v) & mask);
-        bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
+        let mut codes = [0; 8];
+        codes[..chunk.len()].copy_from_slice(chunk);
+        let word = gather(bits, u64::from_le_bytes(codes)).to_le_bytes();
+        bytes.copy_from_slice(&word[..bytes.len()]);
     }
 }
+
+/// Eight codes of `bits` bits (1 to 8), side by side from bit 0 on, to one code per byte. Higher bits are ignored.
+pub fn spread(bits: u8, word: u64) -> u64 {
+    HALVES.into_iter().fold(word, |word, (width, lanes)| {
+        let codes = u32::from(bits) * width / 8;
+        let low = lanes * (u64::MAX >> (64 - codes));
+        word & low | word << (width - codes) & low << width
+    })
+}
+
+/// The inverse of [`spread`]. Bits above a code are ignored.
+pub fn gather(bits: u8, codes: u64) -> u64 {
+    HALVES.into_iter().rev().fold(codes, |word, (width, lanes)| {
+        let codes = u32::from(bits) * width / 8;
+        let low = lanes * (u64::MAX >> (64 - codes));
+        word & low | word >> (width - codes) & low << codes
+    })
+}
+
+/// Halving lanes of a word: the width of half a lane, and a one at the bottom of every lane.
+const HALVES: [(u32, u64); 3] = [(32, 1), (16, 0x1_0000_0001), (8, 0x0001_0001_0001_0001)];
 
 #[cfg(test)]
 mod tests {
@@ -167,6 +186,18 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn words_spread_to_bytes(bits in 1u8..=8, word in any::<u64>(), noise in any::<u64>()) {
+            let bytes = spread(bits, word).to_le_bytes();
+            for (i, &byte) in bytes.iter().enumerate() {
+                let code = word >> (i * usize::from(bits)) & ((1 << bits) - 1);
+                prop_assert_eq!(u64::from(byte), code);
+            }
+            let codes = u64::MAX >> (64 - 8 * u32::from(bits));
+            let above = !spread(bits, u64::MAX);
+            prop_assert_eq!(gather(bits, spread(bits, word) | noise & above), word & codes);
+        }
+
         #[test]
         fn pack_and_unpack_are_inverse(
             bits in 1u8..=8,

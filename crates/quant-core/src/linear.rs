@@ -42,6 +42,17 @@ pub enum ActSpec {
         /// LLM.int8: features with an element of at least this magnitude stay float.
         outlier_threshold: Option<f32>,
     },
+    /// With scales of blocks found at run time, under a factor found by calibration (NVFP4).
+    TwoLevel {
+        /// Target of the rounding.
+        grid: ActGrid,
+        /// Features in a block.
+        len: usize,
+        /// Factor of the scales of blocks, or what they are divided by.
+        factor: f32,
+        /// Divide by the factor.
+        divide: bool,
+    },
     /// With a scale found by calibration.
     Static {
         /// Target of the rounding.
@@ -60,6 +71,8 @@ pub enum ActGrid {
     Int8,
     /// FP8 E4M3.
     E4M3,
+    /// The 4-bit float of MXFP4 and NVFP4.
+    E2M1,
 }
 
 /// Activations that share a scale.

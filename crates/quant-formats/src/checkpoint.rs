@@ -296,9 +296,18 @@ impl Checkpoint {
     /// The quantized module that a tensor is a part of: codes, scales, whatever its layout keeps below the module's
     /// name, but not the bias.
     pub fn part_of<'a>(&self, tensor: &'a str) -> Option<&'a str> {
+        if let Some(module) = self.module_of(tensor) {
+            return Some(module);
+        }
         let above = tensor.match_indices('.').map(|(dot, _)| tensor.split_at(dot));
         let mut owners = above.filter(|(module, part)| *part != ".bias" && self.modules.contains(*module));
         owners.next().map(|(module, _)| module)
+    }
+
+    /// The quantized module that the layout finds in a tensor's name.
+    fn module_of<'a>(&self, tensor: &'a str) -> Option<&'a str> {
+        let (reader, info) = (self.reader.as_ref().ok()?.as_ref()?, self.tensor_info(tensor)?);
+        reader.layout().module_of(tensor, info.dtype).filter(|module| self.modules.contains(*module))
     }
 
     /// Reads a quantized layer and checks that its scales are finite. `None` if the module is not quantized.
@@ -349,6 +358,10 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str) -> Result<DenseTensor, FormatError> {
         self.tensor(name)
+    }
+
+    fn note(&self, key: &str) -> Option<&str> {
+        self.files.iter().find_map(|file| file.metadata().get(key)).map(String::as_str)
     }
 
     fn model_config(&self) -> &Value {

@@ -20,21 +20,10 @@ struct Family {
 }
 
 const FAMILIES: &[Family] = &[
-    Family { id: "awq", methods: &["awq"], suffixes: &[".scaled_zeros", ".qweight"] },
     Family { id: "bitsandbytes", methods: &["bitsandbytes"], suffixes: &[".SCB", ".weight.absmax"] },
     Family { id: "hqq", methods: &["hqq"], suffixes: &[".W_q"] },
     Family { id: "sinq", methods: &["sinq"], suffixes: &[".meta.scale2"] },
     Family { id: "quanto", methods: &["quanto"], suffixes: &[".weight._data", ".weight._data._data"] },
-    Family {
-        id: "compressed-tensors",
-        methods: &["compressed-tensors", "compressed_tensors"],
-        suffixes: &[".weight_packed"],
-    },
-    Family { id: "auto-round", methods: &["intel/auto-round"], suffixes: &[] },
-    Family { id: "fp8", methods: &["fp8", "fbgemm_fp8"], suffixes: &[".weight_scale_inv"] },
-    Family { id: "mxfp4", methods: &["mxfp4"], suffixes: &["_proj_blocks"] },
-    Family { id: "modelopt", methods: &["modelopt", "modelopt_fp4"], suffixes: &[".weight_scale_2"] },
-    Family { id: "torchao", methods: &["torchao"], suffixes: &["._weight_qdata"] },
     Family { id: "exl2", methods: &["exl2"], suffixes: &[".q_weight"] },
     Family { id: "exl3", methods: &["exl3"], suffixes: &[".trellis"] },
 ];

@@ -3,7 +3,16 @@
 //! To add a layout: one file that implements [`Layout`] and [`Reader`], and one line in [`layouts`]. If the
 //! layout was recognised before, its line in `FAMILIES` of `detect.rs` goes.
 
+mod awq;
+mod ct;
+mod fields;
+mod fp8;
 mod gptq;
+mod modelopt;
+mod mxfp4;
+mod parts;
+mod scales;
+mod torchao;
 
 use std::collections::BTreeMap;
 
@@ -16,7 +25,30 @@ use crate::sink::PlannedTensor;
 
 /// All layouts that can be read and written, best known first.
 pub fn layouts() -> &'static [&'static dyn Layout] {
-    &[&gptq::V1, &gptq::V2]
+    // One line each, with its family.
+    &[
+        &gptq::V1,
+        &gptq::V2,
+        &awq::GEMM,
+        &awq::GEMV,
+        &awq::GEMV_FAST,
+        &gptq::PLANAR,
+        &gptq::AUTO_ROUND,
+        &fp8::FP8,
+        &fp8::INVERSE,
+        &fp8::FBGEMM,
+        &modelopt::NVFP4,
+        &modelopt::FP8,
+        &mxfp4::MXFP4,
+        &ct::PACK,
+        &ct::INT,
+        &ct::FLOAT,
+        &ct::NVFP4,
+        &ct::MXFP4,
+        &ct::MXFP6,
+        &ct::MXFP8,
+        &torchao::TORCHAO,
+    ]
 }
 
 /// The layout of that name.
@@ -86,6 +118,11 @@ pub trait TensorSource: Sync {
     /// A whole tensor.
     fn read(&self, name: &str) -> Result<DenseTensor, FormatError>;
 
+    /// What the header of a file notes under this key, beside its tensors.
+    fn note(&self, _key: &str) -> Option<&str> {
+        None
+    }
+
     /// The model's `config.json`, `null` where there is none: some layouts leave shapes to it.
     fn model_config(&self) -> &Value {
         &Value::Null
@@ -149,6 +186,11 @@ pub trait Layout: Send + Sync {
 
     /// Further files that other programs look for, made from [`Layout::config`].
     fn side_files(&self, _config: &Value) -> Vec<(String, Vec<u8>)> {
+        Vec::new()
+    }
+
+    /// What the header of every file notes of these layers and of the `others`, tensors that are stored as they are.
+    fn header_notes(&self, _layers: &[PlannedLayer<'_>], _others: &[&str]) -> Vec<(String, String)> {
         Vec::new()
     }
 

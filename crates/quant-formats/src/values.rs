@@ -1,6 +1,6 @@
 //! Values that no weight can have: NaN and infinity.
 
-use quant_core::{DenseTensor, Offset, QuantizedLinear};
+use quant_core::{DenseTensor, Grid, Offset, QuantizedLinear, QuantizedMatrix};
 
 use crate::error::FormatError;
 
@@ -75,10 +75,32 @@ pub fn check_layer(module: &str, linear: &QuantizedLinear) -> Result<(), FormatE
             expected: FINITE.into(),
         });
     }
+    check_codes(module, &linear.weight)?;
     match &linear.bias {
         Some(bias) => check_tensor(&format!("{module}.bias"), bias),
         None => Ok(()),
     }
+}
+
+/// Fails if a code stands for NaN or infinity, as some of FP8 do.
+fn check_codes(module: &str, weight: &QuantizedMatrix) -> Result<(), FormatError> {
+    let Grid::Table(table) = &weight.grid else { return Ok(()) };
+    if table.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    let mut codes = vec![0; weight.cols()];
+    for r in 0..weight.rows() {
+        weight.codes.unpack_row(r, &mut codes);
+        if let Some(c) = codes.iter().position(|&code| !table[usize::from(code)].is_finite()) {
+            return Err(FormatError::Value {
+                tensor: format!("{module}.weight"),
+                index: r * weight.cols() + c,
+                found: table[usize::from(codes[c])].to_string(),
+                expected: FINITE.into(),
+            });
+        }
+    }
+    Ok(())
 }
 
 impl NonFinite {

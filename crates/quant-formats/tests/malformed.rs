@@ -1,5 +1,5 @@
-//! The hostile files of `fixtures/malformed`, as far as this crate can judge them: kinds safetensors, index and
-//! gptq. Every case of these kinds gets the verdict that its manifest asks for.
+//! The hostile files of `fixtures/malformed`, as far as this crate can judge them: kinds safetensors, index,
+//! gptq, awq and ct. Every case of these kinds gets the verdict that its manifest asks for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -118,6 +118,16 @@ fn index() {
 #[test]
 fn gptq() {
     assert_eq!(check_kind("gptq"), 16);
+}
+
+#[test]
+fn awq() {
+    assert_eq!(check_kind("awq"), 4);
+}
+
+#[test]
+fn ct() {
+    assert_eq!(check_kind("ct"), 3);
 }
 
 /// Opening a pipe for reading would wait for a writer for ever.

@@ -1,4 +1,4 @@
-//! GPTQ, versions 1 and 2, of AutoGPTQ, GPTQModel and transformers.
+//! GPTQ of AutoGPTQ, GPTQModel, AutoRound and transformers.
 //!
 //! For a layer of `K` inputs and `N` outputs in groups of `g` inputs:
 //!
@@ -10,23 +10,21 @@
 //! | `g_idx` | I32 | `[K]` | group of each input |
 //!
 //! `W[n, k] = scale * (code - zero)`, rounded to the type of the scales. Version 1 stores `zero - 1`, because the
-//! kernels of its time added one; it can't tell a zero point of 0 from the greatest code plus one.
+//! kernels of its time added one; it can't tell a zero point of 0 from the greatest code plus one. The planar version
+//! cuts codes in bit planes; see [`planes`].
 
+mod auto_round;
 mod config;
+mod planes;
 mod read;
 mod words;
 
-use std::sync::Arc;
-
-use half::{bf16, f16};
 use ndarray::Array2;
-use quant_core::{
-    ActSpec, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind,
-    QuantizedLinear, QuantizedMatrix, codes,
-};
+use quant_core::{DType, DenseTensor, GridKind, GroupSize, Groups, QuantizedLinear, QuantizedMatrix, codes};
 use serde_json::{Map, Value, json};
 
 use self::read::GptqReader;
+use super::parts::{self, Writing, float_type, transpose, transposed, unsupported};
 use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
@@ -37,19 +35,50 @@ pub(super) const V1: Gptq = Gptq { version: Version::V1 };
 /// Version 2.
 pub(super) const V2: Gptq = Gptq { version: Version::V2 };
 
+/// The version with bit planes.
+pub(super) const PLANAR: Gptq = Gptq { version: Version::Planar };
+
+/// AutoRound's own, with any number of bits.
+pub(super) const AUTO_ROUND: Gptq = Gptq { version: Version::AutoRound };
+
+/// The same with the zero points of version 1, which AutoRound writes for symmetric models.
+const AUTO_ROUND_V1: Gptq = Gptq { version: Version::AutoRoundV1 };
+
 /// Bits per code that are read and written.
-const BITS: [u8; 4] = [2, 3, 4, 8];
+const BITS: [u8; 7] = [2, 3, 4, 5, 6, 7, 8];
+
+/// Those of versions 1 and 2.
+const STRAIGHT_BITS: [u8; 4] = [2, 3, 4, 8];
 
 /// Group sizes that GPTQModel accepts, beside whole rows.
 const GROUPS: [usize; 7] = [16, 32, 64, 128, 256, 512, 1024];
 
-/// How zero points are stored.
+/// How zero points are stored, and how codes are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
     /// `zero - 1`, modulo the number of codes.
     V1,
     /// `zero`.
     V2,
+    /// `zero`; codes and zero points are cut in bit planes.
+    Planar,
+    /// `zero`, any bits in one bit stream.
+    AutoRound,
+    /// `zero - 1`, any bits in one bit stream.
+    AutoRoundV1,
+}
+
+impl Version {
+    fn stores_minus_one(self) -> bool {
+        matches!(self, Version::V1 | Version::AutoRoundV1)
+    }
+
+    fn bits(self) -> &'static [u8] {
+        match self {
+            Version::V1 | Version::V2 => &STRAIGHT_BITS,
+            Version::Planar | Version::AutoRound | Version::AutoRoundV1 => &BITS,
+        }
+    }
 }
 
 /// The layout.
@@ -59,55 +88,35 @@ pub(super) struct Gptq {
 }
 
 impl Gptq {
-    fn unsupported(&self, field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-        Unsupported { layout: self.id(), field, found: found.to_string(), remedy: remedy.to_string() }
+    fn refuse(&self, field: &'static str, found: impl ToString, remedy: &str) -> Result<(), Unsupported> {
+        Err(unsupported(self.id(), field, found, remedy))
     }
 
     fn check_geometry(&self, bits: u8, rows: usize, cols: usize) -> Result<(), Unsupported> {
-        if !BITS.contains(&bits) {
-            return Err(self.unsupported("bits", bits, "choose 2, 3, 4 or 8"));
+        if !self.version.bits().contains(&bits) {
+            let remedy = "choose 2, 3, 4 or 8; gptq_p and auto_round have 5, 6 and 7 too";
+            return self.refuse("bits", bits, remedy);
         }
         for (field, n) in [("output size", rows), ("input size", cols)] {
             if n == 0 || !n.is_multiple_of(32) {
                 let remedy = "sizes must be multiples of 32; leave this module in float (--exclude)";
-                return Err(self.unsupported(field, n, remedy));
+                return self.refuse(field, n, remedy);
             }
         }
         Ok(())
     }
 
     /// Zero points `[out, groups]` as they are stored.
-    fn stored_zeros(&self, matrix: &QuantizedMatrix, count: usize) -> Result<Vec<u8>, FormatError> {
-        let Grid::Int { midpoint } = matrix.grid else {
-            let remedy = "gptq has evenly spaced codes; choose a layout with a table";
-            return Err(self.unsupported("a table of values", "as grid", remedy).into());
-        };
-        let max = f32::from(matrix.codes.max());
-        let mut stored = Vec::with_capacity(count);
-        for i in 0..count {
-            let zero = match &matrix.offset {
-                Offset::None => 0.0,
-                Offset::Zero(zeros) => zeros.get(i),
-                Offset::Shift { .. } => {
-                    let remedy = "gptq has integer zero points only";
-                    return Err(self.unsupported("shifts", "that are added", remedy).into());
-                }
-            } + midpoint as f32;
-            if zero.fract() != 0.0 || !(0.0..=max).contains(&zero) {
-                let remedy = format!("zero points must be integers from 0 to {max}");
-                return Err(self.unsupported("zero point", zero, remedy).into());
+    fn stored_zeros(&self, writing: &Writing<'_>) -> Result<Vec<u8>, FormatError> {
+        let mut zeros = writing.integer_zeros()?;
+        if self.version.stores_minus_one() {
+            if zeros.contains(&0) {
+                let remedy = "version 1 stores zero - 1 and starts at 1; choose gptq_v2";
+                return Err(writing.unsupported("zero point", 0, remedy).into());
             }
-            // Exact: an integer of at most 255.
-            stored.push(match (self.version, zero as u8) {
-                (Version::V1, 0) => {
-                    let remedy = "version 1 stores zero - 1 and starts at 1; choose gptq_v2";
-                    return Err(self.unsupported("zero point", 0, remedy).into());
-                }
-                (Version::V1, zero) => zero - 1,
-                (Version::V2, zero) => zero,
-            });
+            zeros.iter_mut().for_each(|zero| *zero -= 1);
         }
-        Ok(stored)
+        Ok(zeros)
     }
 }
 
@@ -116,6 +125,8 @@ impl Layout for Gptq {
         match self.version {
             Version::V1 => "gptq",
             Version::V2 => "gptq_v2",
+            Version::Planar => "gptq_p",
+            Version::AutoRound | Version::AutoRoundV1 => "auto_round",
         }
     }
 
@@ -123,11 +134,16 @@ impl Layout for Gptq {
         match self.version {
             Version::V1 => "GPTQ version 1: integer codes of 2, 3, 4, 8 bits, symmetric, read by everybody",
             Version::V2 => "GPTQ version 2: the same with free zero points (asymmetric), read by GPTQModel",
+            Version::Planar => "GPTQ in bit planes: 2 to 8 bits, read by GPTQModel from 7.4 on",
+            Version::AutoRound | Version::AutoRoundV1 => "GPTQ as AutoRound packs it: 2 to 8 bits",
         }
     }
 
     fn methods(&self) -> &'static [&'static str] {
-        &["gptq", "auto-round", "intel/auto-round"]
+        match self.version {
+            Version::V1 | Version::V2 | Version::Planar => &["gptq"],
+            Version::AutoRound | Version::AutoRoundV1 => &["auto-round", "intel/auto-round"],
+        }
     }
 
     fn marker(&self) -> &'static str {
@@ -152,35 +168,31 @@ impl Layout for Gptq {
             GroupSize::Columns(len) if GROUPS.contains(&len) => {}
             other => {
                 let remedy = "its readers accept 16, 32, 64, 128, 256, 512, 1024 and -1 (whole rows)";
-                return Err(self.unsupported("group size", other, remedy));
+                return self.refuse("group size", other, remedy);
             }
         }
         if spec.grid != GridKind::Int {
-            return Err(self.unsupported("grid", spec.grid, "choose a method with integer codes"));
+            return self.refuse("grid", spec.grid, "choose a method with integer codes");
         }
-        if !matches!(spec.scales, ParamsKind::F16 | ParamsKind::BF16 | ParamsKind::F32) {
-            let remedy = "gptq has scales of F16, BF16 or F32";
-            return Err(self.unsupported("scales", format!("{:?}", spec.scales), remedy));
+        if float_type(spec.scales).is_none() {
+            return self.refuse(
+                "scales",
+                format!("of {:?}", spec.scales),
+                "it has scales of F16, BF16 or F32",
+            );
         }
-        if *layer.input != ActSpec::Float {
-            return Err(self.unsupported("quantized activations", "beside codes", "choose another layout"));
-        }
-        if self.version == Version::V1 && !spec.symmetric {
+        if self.version.stores_minus_one() && !spec.symmetric {
             let remedy = "version 1 has no zero point of 0; choose gptq_v2, or a symmetric grid";
-            return Err(self.unsupported("an asymmetric grid", "safely", remedy));
+            return self.refuse("an asymmetric grid", "safely", remedy);
         }
-        Ok(())
+        parts::float_input(self.id(), layer.input)
     }
 
     fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor> {
         let &PlannedLayer { rows, cols, spec, .. } = layer;
         let bits = usize::from(spec.bits);
         let groups = cols.div_ceil(spec.group.len(cols));
-        let scales = match spec.scales {
-            ParamsKind::F32 => DType::F32,
-            ParamsKind::BF16 => DType::BF16,
-            _ => DType::F16,
-        };
+        let scales = float_type(spec.scales).unwrap_or(DType::F16);
         let mut plan = vec![
             layer.part("qweight", DType::I32, &[cols * bits / 32, rows]),
             layer.part("qzeros", DType::I32, &[groups, rows * bits / 32]),
@@ -196,27 +208,17 @@ impl Layout for Gptq {
         linear: &QuantizedLinear,
         module: &str,
     ) -> Result<Vec<(String, DenseTensor)>, FormatError> {
+        let writing = Writing::new(self.id(), linear, module)?;
+        writing.float_input()?;
         let matrix = &linear.weight;
-        let invalid = |source| FormatError::Matrix { module: module.to_owned(), source };
-        matrix.validate().map_err(invalid)?;
         let (rows, cols, bits) = (matrix.rows(), matrix.cols(), matrix.codes.bits());
         self.check_geometry(bits, rows, cols)?;
-        let extra = [
-            ("row scales", matrix.row_scale.is_some()),
-            ("column scales", matrix.col_scale.is_some()),
-            ("outlier columns", matrix.outliers.is_some()),
-            ("a low-rank part", linear.low_rank.is_some()),
-            ("quantized activations", linear.input != ActSpec::Float),
-        ];
-        if let Some((part, _)) = extra.iter().find(|(_, present)| *present) {
-            return Err(self.unsupported(part, "beside codes", "choose another layout").into());
-        }
         let (count, stored_group): (usize, Box<dyn Fn(usize) -> usize>) = match &matrix.groups {
             &Groups::Row { len } => (cols.div_ceil(len), Box::new(move |c| c / len)),
             Groups::Index { of_col, count } => (*count, Box::new(|c| of_col[c] as usize)),
             _ => {
                 let remedy = "gptq has groups of columns of one row only";
-                return Err(self.unsupported("groups", "of this form", remedy).into());
+                return Err(writing.unsupported("groups", "of this form", remedy).into());
             }
         };
         let perm = matrix.input_perm.as_ref();
@@ -225,38 +227,32 @@ impl Layout for Gptq {
             let feature = perm.map_or(c, |p| p.features()[c] as usize);
             g_idx[feature] = stored_group(c) as i32;
         }
-        let zeros = transpose(&self.stored_zeros(matrix, rows * count)?, rows, count);
-        let mut qzeros = vec![0; count * rows * usize::from(bits) / 8];
-        if count > 0 {
-            let line = rows * usize::from(bits) / 8;
-            zeros.chunks(rows).zip(qzeros.chunks_mut(line)).for_each(|(z, out)| codes::pack(bits, z, out));
+        let planar = self.version == Version::Planar;
+        let zeros = transpose(&self.stored_zeros(&writing)?, rows, count);
+        let line = rows * usize::from(bits) / 8;
+        let mut qzeros = vec![0; count * line];
+        zeros.chunks(rows).zip(qzeros.chunks_mut(line)).for_each(|(z, out)| codes::pack(bits, z, out));
+        if planar {
+            planes::cut(bits, &mut qzeros);
         }
-        let (scale_type, scale_bytes) = self.scale_bytes(&matrix.scales, rows, count)?;
-        let tensor = |part: &str, dtype, shape: Vec<usize>, bytes: Arc<[u8]>| {
-            let name = format!("{module}.{part}");
-            match DenseTensor::new(dtype, shape, bytes) {
-                Ok(tensor) => Ok((name, tensor)),
-                Err(source) => Err(FormatError::Tensor { tensor: name, source }),
-            }
-        };
-        let bits = usize::from(bits);
-        let g_idx = g_idx.iter().flat_map(|g: &i32| g.to_le_bytes()).collect();
+        let scales = transposed(&matrix.scales, rows, count).unwrap_or_else(|| matrix.scales.clone());
+        let (scale_type, scales) = writing.plain_scales(&scales)?;
+        let qweight = words::to_words(&matrix.codes, planar, perm);
+        let g_idx: Vec<u8> = g_idx.iter().flat_map(|g: &i32| g.to_le_bytes()).collect();
         let mut tensors = vec![
-            tensor(
-                "qweight",
-                DType::I32,
-                vec![cols * bits / 32, rows],
-                words::to_words(&matrix.codes, perm),
-            )?,
-            tensor("qzeros", DType::I32, vec![count, rows * bits / 32], qzeros.into())?,
-            tensor("scales", scale_type, vec![count, rows], scale_bytes.into())?,
-            tensor("g_idx", DType::I32, vec![cols], g_idx)?,
+            writing.tensor("qweight", DType::I32, &[cols * usize::from(bits) / 32, rows], qweight)?,
+            writing.tensor("qzeros", DType::I32, &[count, line / 4], qzeros)?,
+            writing.tensor("scales", scale_type, &[count, rows], scales)?,
+            writing.tensor("g_idx", DType::I32, &[cols], g_idx)?,
         ];
-        tensors.extend(linear.bias.clone().map(|bias| (format!("{module}.bias"), bias)));
+        tensors.extend(writing.bias());
         Ok(tensors)
     }
 
     fn config(&self, model: &StoredModel<'_>) -> Value {
+        if let Version::AutoRound | Version::AutoRoundV1 = self.version {
+            return auto_round::config(model, self.version);
+        }
         let spec = model.spec;
         let mut meta = Map::new();
         meta.insert("quantizer".into(), json!([concat!("quant:", env!("CARGO_PKG_VERSION"))]));
@@ -296,54 +292,22 @@ impl Layout for Gptq {
     }
 
     fn side_files(&self, config: &Value) -> Vec<(String, Vec<u8>)> {
-        vec![("quantize_config.json".into(), format!("{config:#}\n").into_bytes())]
+        let name = match self.version {
+            Version::V1 | Version::V2 | Version::Planar => "quantize_config.json",
+            Version::AutoRound | Version::AutoRoundV1 => "quantization_config.json",
+        };
+        vec![(name.into(), format!("{config:#}\n").into_bytes())]
     }
 
     fn reader(&self, config: &Value) -> Result<Box<dyn Reader>, FormatError> {
-        Ok(Box::new(GptqReader::new(config)?))
+        match self.version {
+            Version::V1 | Version::V2 | Version::Planar => Ok(Box::new(GptqReader::new(config)?)),
+            Version::AutoRound | Version::AutoRoundV1 => auto_round::reader(config),
+        }
     }
 
     fn dequantize_like_peer(&self, matrix: &QuantizedMatrix) -> Array2<f32> {
-        // The difference is an integer of at most nine bits, so a product with an f16 or bf16 scale is exact in
-        // f32, and rounding it once is what multiplying in the scale's own type does.
-        let mut weights = matrix.dequantize();
-        match matrix.scales {
-            Params::F16(_) => weights.mapv_inplace(|w| f16::from_f32(w).to_f32()),
-            Params::BF16(_) => weights.mapv_inplace(|w| bf16::from_f32(w).to_f32()),
-            _ => {}
-        }
-        weights
+        // The difference is an integer of at most nine bits.
+        parts::rounded_to_scales(matrix)
     }
-}
-
-impl Gptq {
-    /// Scales `[out, groups]` to the bytes of `[groups, out]`.
-    fn scale_bytes(
-        &self,
-        scales: &Params,
-        rows: usize,
-        count: usize,
-    ) -> Result<(DType, Vec<u8>), FormatError> {
-        let bytes = |v: Vec<[u8; 2]>| v.as_flattened().to_vec();
-        Ok(match scales {
-            Params::F16(v) => {
-                (DType::F16, bytes(transpose(v, rows, count).into_iter().map(f16::to_le_bytes).collect()))
-            }
-            Params::BF16(v) => {
-                (DType::BF16, bytes(transpose(v, rows, count).into_iter().map(bf16::to_le_bytes).collect()))
-            }
-            Params::F32(v) => {
-                (DType::F32, transpose(v, rows, count).into_iter().flat_map(f32::to_le_bytes).collect())
-            }
-            _ => {
-                let remedy = "gptq has scales of F16, BF16 or F32";
-                return Err(self.unsupported("scales", "of two levels or one byte", remedy).into());
-            }
-        })
-    }
-}
-
-/// `[rows, cols]` to `[cols, rows]`.
-fn transpose<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
-    (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()
 }

@@ -4,8 +4,8 @@ use regex::{RegexSet, RegexSetBuilder};
 use serde_json::Value;
 
 use super::{BITS, Version};
-use crate::detect::not_yet;
 use crate::error::FormatError;
+use crate::layout::fields::{GroupLen, config_bits, config_flag, config_group, field, wrong};
 
 /// Memory that the compiled patterns of a file may take together.
 const PATTERN_LIMIT: usize = 32 << 20;
@@ -29,35 +29,27 @@ pub(super) struct Settings {
     pub(super) group: Option<GroupLen>,
 }
 
-/// The group size of a configuration.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum GroupLen {
-    Row,
-    Columns(usize),
-}
-
 impl Config {
     /// `null` is a file without configuration: version 1, and everything else from the tensors.
     pub(super) fn parse(config: &Value) -> Result<Self, FormatError> {
-        let auto_round = auto_round(config)?;
-        refuse_unknown_storage(config)?;
-        let version = match field(config, &["checkpoint_format", "format", "version"]).filter(|_| !auto_round)
-        {
+        let format = field(config, &["checkpoint_format", "format", "version"]);
+        let version = match format {
             None => Version::V1,
             Some((name, value)) => match value.as_str().map(str::to_lowercase).as_deref() {
                 Some("gptq") => Version::V1,
                 Some("gptq_v2") => Version::V2,
-                _ => return Err(wrong(name, value, "this version reads gptq and gptq_v2")),
+                Some("gptq_p") => Version::Planar,
+                _ => return Err(wrong(name, value, "this version reads gptq, gptq_v2 and gptq_p")),
             },
         };
-        let flag = |names: &[&'static str]| match field(config, names) {
-            None => Ok(None),
-            Some((name, value)) => {
-                value.as_bool().map(Some).ok_or_else(|| wrong(name, value, "it must be a flag"))
-            }
-        };
-        let symmetric = match flag(&["sym"])? {
-            None => flag(&["zero_point"])?.map(|zero_point| !zero_point),
+        Self::of_version(config, version)
+    }
+
+    /// The rest of a configuration whose version is known.
+    pub(super) fn of_version(config: &Value, version: Version) -> Result<Self, FormatError> {
+        refuse_unknown_storage(config)?;
+        let symmetric = match config_flag(config, &["sym"])? {
+            None => config_flag(config, &["zero_point"])?.map(|zero_point| !zero_point),
             some => some,
         };
         let rules = rules(config)?;
@@ -70,7 +62,7 @@ impl Config {
             version,
             base: Settings::parse(config)?,
             symmetric,
-            act_order: flag(&["desc_act"])?,
+            act_order: config_flag(config, &["desc_act"])?,
             patterns,
             overrides: rules.into_iter().map(|(_, settings)| settings).collect(),
         })
@@ -86,44 +78,9 @@ impl Config {
 
 impl Settings {
     fn parse(config: &Value) -> Result<Self, FormatError> {
-        let bits = match field(config, &["bits", "w_bit", "wbits"]) {
-            None => None,
-            Some((name, value)) => {
-                let bits = value.as_u64().and_then(|b| u8::try_from(b).ok()).filter(|b| BITS.contains(b));
-                Some(bits.ok_or_else(|| wrong(name, value, "this version reads gptq of 2, 3, 4 and 8 bits"))?)
-            }
-        };
-        let group = match field(config, &["group_size", "q_group_size"]) {
-            None => None,
-            Some((name, value)) => Some(match value.as_i64() {
-                Some(-1) => GroupLen::Row,
-                Some(len @ 1..) => GroupLen::Columns(usize::try_from(len).unwrap_or(usize::MAX)),
-                _ => return Err(wrong(name, value, "it must be positive, or -1 for whole rows")),
-            }),
-        };
+        let bits = config_bits(config, &BITS, "gptq has 2 to 8 bits")?;
+        let group = config_group(config)?;
         Ok(Self { bits, group })
-    }
-}
-
-/// The first of several names of a field that is present and not `null`.
-fn field<'a>(config: &'a Value, names: &[&'static str]) -> Option<(&'static str, &'a Value)> {
-    names.iter().find_map(|&name| config.get(name).filter(|v| !v.is_null()).map(|v| (name, v)))
-}
-
-fn wrong(field: &str, found: &Value, expected: &str) -> FormatError {
-    let found = found.as_str().map_or_else(|| found.to_string(), str::to_owned);
-    FormatError::Config { field: field.to_owned(), found, expected: expected.to_owned() }
-}
-
-/// True for AutoRound's files in GPTQ layout; other AutoRound files are refused.
-fn auto_round(config: &Value) -> Result<bool, FormatError> {
-    let method = field(config, &["quant_method"]).and_then(|(_, v)| v.as_str()).unwrap_or_default();
-    if !method.to_lowercase().ends_with("auto-round") {
-        return Ok(false);
-    }
-    match field(config, &["packing_format"]).map(|(_, v)| v.as_str().unwrap_or_default()) {
-        None | Some("auto_round:auto_gptq" | "auto_round:gptq" | "auto") => Ok(true),
-        Some(other) => Err(not_yet("auto-round", format!("packing_format {}", crate::display_name(other)))),
     }
 }
 
@@ -208,25 +165,25 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_by_field() {
         for (config, word) in [
-            (json!({ "bits": 5 }), "bits is 5"),
+            (json!({ "bits": 9 }), "bits is 9"),
             (json!({ "bits": "4" }), "bits is 4"),
             (json!({ "group_size": 0 }), "group_size is 0"),
             (json!({ "group_size": -2 }), "group_size is -2"),
             (json!({ "checkpoint_format": "marlin" }), "checkpoint_format is marlin"),
-            (json!({ "format": "gptq_p" }), "gptq_p"),
+            (json!({ "format": "gptq_x" }), "gptq_x"),
             (json!({ "pack_dtype": "int8" }), "pack_dtype"),
             (json!({ "rotation": "hadamard" }), "rotation"),
             (json!({ "sym": 1 }), "sym is 1"),
             (json!({ "dynamic": { "(?!x)a": {} } }), "dynamic"),
-            (json!({ "dynamic": { "a": { "bits": 6 } } }), "bits is 6"),
+            (json!({ "dynamic": { "a": { "bits": 1 } } }), "bits is 1"),
             (json!({ "dynamic": [1] }), "dynamic"),
-            (json!({ "quant_method": "auto-round", "packing_format": "auto_round:exllamav2" }), "exllamav2"),
         ] {
             let error = Config::parse(&config).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
-        let auto =
-            json!({ "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4 });
-        assert_eq!(Config::parse(&auto).unwrap().version, Version::V1);
+        assert_eq!(
+            Config::parse(&json!({ "format": "GPTQ_P", "bits": 5 })).unwrap().version,
+            Version::Planar
+        );
     }
 }

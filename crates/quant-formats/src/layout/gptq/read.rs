@@ -1,15 +1,16 @@
 //! Reading GPTQ layers.
 
-use half::{bf16, f16};
 use quant_core::{
-    Codes, DType, DenseTensor, GridKind, GroupSize, Groups, MatrixError, Offset, Params, ParamsKind,
-    Permutation, QuantSpec, QuantizedLinear, QuantizedMatrix, codes,
+    Codes, DType, GridKind, Groups, Offset, Params, ParamsKind, Permutation, QuantSpec, QuantizedLinear,
+    QuantizedMatrix, codes,
 };
 use serde_json::Value;
 
-use super::config::{Config, GroupLen};
-use super::{BITS, V1, V2, Version, transpose, words};
+use super::config::Config;
+use super::{AUTO_ROUND, AUTO_ROUND_V1, BITS, PLANAR, STRAIGHT_BITS, V1, V2, Version, planes, words};
 use crate::error::FormatError;
+use crate::layout::fields::GroupLen;
+use crate::layout::parts::{FLOATS, Parts, floats, groups_of, transpose, transposed};
 use crate::layout::{Layout, Reader, TensorSource};
 
 /// Reads one checkpoint.
@@ -26,8 +27,9 @@ struct Geometry {
     count: usize,
     /// Columns per group by the configuration, or an even division.
     group: usize,
+    /// Codes are cut in bit planes.
+    planar: bool,
     has_g_idx: bool,
-    has_bias: bool,
 }
 
 impl GptqReader {
@@ -35,61 +37,48 @@ impl GptqReader {
         Ok(Self { config: Config::parse(config)? })
     }
 
-    fn geometry(&self, source: &dyn TensorSource, module: &str) -> Result<Geometry, FormatError> {
-        let name = |part: &str| format!("{module}.{part}");
-        let need = |part: &str| {
-            let because = || format!("{} has other parts of a gptq layer", crate::display_name(module));
-            source
-                .lookup(&name(part))
-                .ok_or_else(|| FormatError::Missing { tensor: name(part), because: because() })
-        };
-        let typed = |part: &str, dtype, expected, ok: bool| match ok {
-            true => Ok(()),
-            false => Err(FormatError::TensorDType { tensor: name(part), expected, found: dtype }),
-        };
-        let shaped = |part: &str, found: &[usize], expected: &[usize], because: &dyn Fn() -> String| {
-            if found == expected {
-                return Ok(());
-            }
-            let (expected, found) = (format!("{expected:?}"), found.to_vec());
-            Err(FormatError::TensorShape { tensor: name(part), expected, found, because: because() })
-        };
+    /// A reader of files that do not name their version.
+    pub(super) fn of_version(config: &Value, version: Version) -> Result<Self, FormatError> {
+        Ok(Self { config: Config::of_version(config, version)? })
+    }
 
-        let (dtype, qweight) = need("qweight")?;
-        typed("qweight", dtype, "I32", dtype == DType::I32)?;
-        let &[words, rows] = qweight else {
-            return Err(FormatError::TensorShape {
-                tensor: name("qweight"),
-                expected: "[inputs * bits / 32, outputs]".into(),
-                found: qweight.to_vec(),
-                because: "the gptq layout".into(),
-            });
-        };
-        let settings = self.config.settings(module);
-        let g_idx = source.lookup(&name("g_idx"));
+    fn geometry(&self, parts: &Parts<'_>) -> Result<Geometry, FormatError> {
+        let (words, rows) = parts.need_matrix("qweight", &[DType::I32], "[inputs * bits / 32, outputs]")?;
+        let settings = self.config.settings(parts.module);
+        let g_idx = parts.find("g_idx");
+        let shown = crate::display_name(parts.module);
         let bits = settings.bits.or_else(|| bits_of(words, g_idx?.1)).ok_or_else(|| FormatError::Config {
             field: "bits".into(),
             found: "absent".into(),
-            expected: format!("it must be given where g_idx does not tell ({})", crate::display_name(module)),
+            expected: format!("it must be given where g_idx does not tell ({shown})"),
         })?;
+        let planar = match self.config.version {
+            Version::V1 if !STRAIGHT_BITS.contains(&bits) => {
+                return Err(FormatError::Config {
+                    field: "bits".into(),
+                    found: bits.to_string(),
+                    expected: format!(
+                        "gptq has 2, 3, 4 and 8 bits, gptq_p and auto-round 5 to 7 too ({shown})"
+                    ),
+                });
+            }
+            // GPTQModel knows no other packing of these.
+            Version::V2 => !STRAIGHT_BITS.contains(&bits),
+            version => version == Version::Planar,
+        };
         let b = usize::from(bits);
-        let whole = |n: usize| n > 0 && (n.checked_mul(b)).is_some_and(|n| n.is_multiple_of(32));
+        let whole = |n: usize| n.checked_mul(b).is_some_and(|n| n.is_multiple_of(32));
         let cols = words.checked_mul(32).filter(|n| n.is_multiple_of(b)).map_or(0, |n| n / b);
-        if cols == 0 || !whole(rows) {
-            return Err(FormatError::TensorShape {
-                tensor: name("qweight"),
-                expected: "whole words along inputs and outputs".into(),
-                found: qweight.to_vec(),
-                because: format!("{bits} bits"),
-            });
+        if cols == 0 || !whole(rows) || planar && !(rows.is_multiple_of(32) && cols.is_multiple_of(32)) {
+            let expected = "whole words along inputs and outputs";
+            return Err(parts.misshapen("qweight", &[words, rows], expected, format!("{bits} bits")));
         }
-        let because = || format!("qweight {qweight:?} at {bits} bits");
+        let because = || format!("qweight [{words}, {rows}] at {bits} bits");
         if let Some((dtype, shape)) = g_idx {
-            typed("g_idx", dtype, "I32", dtype == DType::I32)?;
-            shaped("g_idx", shape, &[cols], &because)?;
+            parts.typed("g_idx", dtype, &[DType::I32])?;
+            parts.shaped("g_idx", shape, &[cols], because)?;
         }
-        let (dtype, scales) = need("scales")?;
-        typed("scales", dtype, "F16, BF16 or F32", matches!(dtype, DType::F16 | DType::BF16 | DType::F32))?;
+        let scales = parts.need("scales", FLOATS)?;
         let count = match settings.group {
             Some(GroupLen::Row) => 1,
             Some(GroupLen::Columns(len)) => cols.div_ceil(len),
@@ -99,59 +88,27 @@ impl GptqReader {
             Some(GroupLen::Columns(len)) => len.min(cols),
             _ => cols.div_ceil(count),
         };
-        shaped("scales", scales, &[count, rows], &|| {
-            format!("qweight {qweight:?} at {bits} bits and group size {group} of {cols} inputs")
+        parts.shaped("scales", scales, &[count, rows], || {
+            format!("{} and group size {group} of {cols} inputs", because())
         })?;
-        let (dtype, qzeros) = need("qzeros")?;
-        typed("qzeros", dtype, "I32", dtype == DType::I32)?;
-        shaped("qzeros", qzeros, &[count, rows * b / 32], &|| {
+        parts.shaped("qzeros", parts.need("qzeros", &[DType::I32])?, &[count, rows * b / 32], || {
             format!("{count} groups, {rows} outputs, {bits} bits")
         })?;
-        let bias = source.lookup(&name("bias"));
-        if let Some((dtype, shape)) = bias {
-            typed("bias", dtype, "a float type", dtype.is_float())?;
-            shaped("bias", shape, &[rows], &because)?;
-        }
-        Ok(Geometry { rows, cols, bits, count, group, has_g_idx: g_idx.is_some(), has_bias: bias.is_some() })
+        parts.check_bias(rows)?;
+        Ok(Geometry { rows, cols, bits, count, group, planar, has_g_idx: g_idx.is_some() })
     }
 
-    /// Which columns share a scale, and the order in which columns are stored for that.
+    /// Groups in stored order and, for act-order, the permutation that sorts columns by group.
     fn groups(
         &self,
-        source: &dyn TensorSource,
-        module: &str,
+        parts: &Parts<'_>,
         geometry: &Geometry,
     ) -> Result<(Groups, Option<Permutation>), FormatError> {
-        let &Geometry { cols, count, group, has_g_idx, .. } = geometry;
-        let consecutive = Groups::Row { len: group };
-        if !has_g_idx {
-            return Ok((consecutive, None));
+        let &Geometry { count, group, .. } = geometry;
+        if !geometry.has_g_idx {
+            return Ok((Groups::Row { len: group }, None));
         }
-        let name = format!("{module}.g_idx");
-        let g_idx = source.read(&name)?.to_i32();
-        let g_idx = g_idx.map_err(|source| FormatError::Tensor { tensor: name.clone(), source })?;
-        let of_col = g_idx.iter().enumerate().map(|(index, &g)| {
-            let group = u32::try_from(g).ok().filter(|&g| (g as usize) < count);
-            group.ok_or_else(|| FormatError::Value {
-                tensor: name.clone(),
-                index,
-                found: g.to_string(),
-                expected: format!("out of range: the layer has groups 0 to {}", count - 1),
-            })
-        });
-        let of_col = of_col.collect::<Result<Vec<u32>, _>>()?;
-        let trivial = of_col.iter().enumerate().all(|(c, &g)| g as usize == c / group);
-        // Some writers leave g_idx at zero where columns are not reordered.
-        if trivial || of_col.iter().all(|&g| g == 0) {
-            return Ok((consecutive, None));
-        }
-        let mut sizes = vec![0; count];
-        of_col.iter().for_each(|&g| sizes[g as usize] += 1);
-        let full = |g: usize| if g + 1 < count { group } else { cols.saturating_sub(group * (count - 1)) };
-        if sizes.iter().enumerate().all(|(g, &size)| size == full(g)) {
-            return Ok((consecutive, Permutation::sorting_groups(&of_col)));
-        }
-        Ok((Groups::Index { of_col: of_col.into(), count }, None))
+        Ok(groups_of(parts.read_groups("g_idx", count)?, count, group))
     }
 }
 
@@ -166,14 +123,14 @@ impl Reader for GptqReader {
         match self.config.version {
             Version::V1 => &V1,
             Version::V2 => &V2,
+            Version::Planar => &PLANAR,
+            Version::AutoRound => &AUTO_ROUND,
+            Version::AutoRoundV1 => &AUTO_ROUND_V1,
         }
     }
 
     fn spec(&self) -> Option<QuantSpec> {
-        let group = match self.config.base.group? {
-            GroupLen::Row => GroupSize::Row,
-            GroupLen::Columns(len) => GroupSize::Columns(len),
-        };
+        let group = self.config.base.group?.into();
         Some(QuantSpec {
             bits: self.config.base.bits?,
             grid: GridKind::Int,
@@ -185,49 +142,35 @@ impl Reader for GptqReader {
     }
 
     fn shape(&self, source: &dyn TensorSource, module: &str) -> Result<(usize, usize), FormatError> {
-        self.geometry(source, module).map(|g| (g.rows, g.cols))
+        self.geometry(&Parts { source, module, layout: "gptq" }).map(|g| (g.rows, g.cols))
     }
 
     fn read(&self, source: &dyn TensorSource, module: &str) -> Result<QuantizedLinear, FormatError> {
-        let geometry = self.geometry(source, module)?;
-        let &Geometry { rows, cols, bits, count, .. } = &geometry;
-        let read = |part: &str| source.read(&format!("{module}.{part}"));
-        let invalid = |source: MatrixError| FormatError::Matrix { module: module.to_owned(), source };
+        let parts = Parts { source, module, layout: "gptq" };
+        let geometry = self.geometry(&parts)?;
+        let &Geometry { rows, cols, bits, count, planar, .. } = &geometry;
 
-        let (groups, perm) = self.groups(source, module, &geometry)?;
-        let mut codes = Codes::zeros(bits, rows, cols).map_err(invalid)?;
-        words::from_words(read("qweight")?.bytes(), &mut codes, perm.as_ref());
+        let (groups, perm) = self.groups(&parts, &geometry)?;
+        let mut codes = Codes::zeros(bits, rows, cols).map_err(|e| parts.invalid(e))?;
+        words::from_words(parts.read("qweight")?.bytes(), &mut codes, planar, perm.as_ref());
 
-        let qzeros = read("qzeros")?;
+        let mut qzeros = parts.read("qzeros")?.bytes().to_vec();
+        if planar {
+            planes::join(bits, &mut qzeros);
+        }
         let mut zeros = vec![0; rows * count];
         let line = rows * usize::from(bits) / 8;
-        zeros.chunks_mut(rows).zip(qzeros.bytes().chunks(line)).for_each(|(z, l)| codes::unpack(bits, l, z));
-        if self.config.version == Version::V1 {
+        zeros.chunks_mut(rows).zip(qzeros.chunks(line)).for_each(|(z, l)| codes::unpack(bits, l, z));
+        if self.config.version.stores_minus_one() {
             zeros.iter_mut().for_each(|z| *z = z.wrapping_add(1) & codes.max());
         }
         let zeros = Params::U8(transpose(&zeros, count, rows));
 
-        let scales = read("scales")?;
-        let scales = match scales.dtype() {
-            DType::F16 => Params::F16(elements(&scales, count, rows, f16::from_le_bytes)),
-            DType::BF16 => Params::BF16(elements(&scales, count, rows, bf16::from_le_bytes)),
-            _ => Params::F32(elements(&scales, count, rows, f32::from_le_bytes)),
-        };
+        let scales = floats(&parts.read("scales")?);
+        let scales = scales.map_err(|source| FormatError::Tensor { tensor: parts.name("scales"), source })?;
+        let scales = transposed(&scales, count, rows).unwrap_or(scales);
         let mut weight = QuantizedMatrix::affine(codes, groups, scales, Offset::Zero(zeros), 0);
         weight.input_perm = perm;
-        weight.validate().map_err(invalid)?;
-        let bias = if geometry.has_bias { Some(read("bias")?) } else { None };
-        Ok(QuantizedLinear { bias, ..QuantizedLinear::new(weight) })
+        parts.linear(weight)
     }
-}
-
-/// Elements of `[count, rows]` as `[rows, count]`.
-fn elements<const B: usize, T: Copy>(
-    tensor: &DenseTensor,
-    count: usize,
-    rows: usize,
-    decode: impl Fn([u8; B]) -> T,
-) -> Vec<T> {
-    let values: Vec<T> = tensor.bytes().as_chunks::<B>().0.iter().map(|&chunk| decode(chunk)).collect();
-    transpose(&values, count, rows)
 }

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use quant_core::{Codes, Permutation};
 use rayon::prelude::*;
 
+use super::planes;
+
 /// Outputs that are handled together: their words of one line of `qweight` fill four cache lines.
 const LANES: usize = 64;
 
@@ -22,8 +24,9 @@ const WORDS: usize = 16;
 type Line = [u32; LANES];
 
 /// `qweight` `[words, out]` to codes `[out, in]`; with `perm`, stored columns are taken in its order.
-/// `qweight` must have as many bytes as `codes`, whose rows are whole words.
-pub(super) fn from_words(qweight: &[u8], codes: &mut Codes, perm: Option<&Permutation>) {
+/// `qweight` must have as many bytes as `codes`, whose rows are whole words. If it is `planar`, the bit planes are
+/// joined to codes.
+pub(super) fn from_words(qweight: &[u8], codes: &mut Codes, planar: bool, perm: Option<&Permutation>) {
     let (outputs, row_bytes, bits) = (codes.rows(), codes.row_bytes(), codes.bits());
     let (words, _) = qweight.as_chunks::<4>();
     let chunks: Vec<&mut [u8]> = codes.row_chunks_mut(LANES).collect();
@@ -37,6 +40,9 @@ pub(super) fn from_words(qweight: &[u8], codes: &mut Codes, perm: Option<&Permut
             }
             store(&block, rows, row_bytes, start);
         }
+        if planar {
+            planes::join(bits, rows);
+        }
         if let Some(perm) = perm {
             permute(rows, row_bytes, bits, perm.features());
         }
@@ -44,12 +50,16 @@ pub(super) fn from_words(qweight: &[u8], codes: &mut Codes, perm: Option<&Permut
 }
 
 /// The inverse of [`from_words`].
-pub(super) fn to_words(codes: &Codes, perm: Option<&Permutation>) -> Arc<[u8]> {
+pub(super) fn to_words(codes: &Codes, planar: bool, perm: Option<&Permutation>) -> Arc<[u8]> {
     let (outputs, row_bytes, bits) = (codes.rows(), codes.row_bytes(), codes.bits());
     let mut bytes = Cow::Borrowed(codes.bytes());
     if let Some(inverse) = perm.map(Permutation::inverse) {
         let chunks = bytes.to_mut().par_chunks_mut(LANES * row_bytes);
         chunks.for_each(|rows| permute(rows, row_bytes, bits, &inverse));
+    }
+    if planar {
+        let chunks = bytes.to_mut().par_chunks_mut(LANES * row_bytes);
+        chunks.for_each(|rows| planes::cut(bits, rows));
     }
     let mut words: Arc<[u8]> = std::iter::repeat_n(0, bytes.len()).collect();
     let chunks = Arc::get_mut(&mut words).unwrap_or_default().par_chunks_mut(4 * outputs * WORDS);
@@ -131,10 +141,13 @@ mod tests {
     use proptest::prelude::*;
 
     /// Codes `i mod 2^bits`, `i` from 0 to 31, as packed words: the published vectors of the format.
-    const VECTORS: [(u8, &[u32]); 4] = [
+    const VECTORS: [(u8, &[u32]); 7] = [
         (2, &[0xe4e4_e4e4, 0xe4e4_e4e4]),
         (3, &[0x88fa_c688, 0xc688_fac6, 0xfac6_88fa]),
         (4, &[0x7654_3210, 0xfedc_ba98, 0x7654_3210, 0xfedc_ba98]),
+        (5, &[0x8a41_8820, 0xc5a9_2839, 0xca30_7b9a, 0x38bd_ab49, 0xffbb_cdeb]),
+        (6, &[0x440c_2040, 0xa248_1c61, 0x3ce3_4c2c, 0x544d_2450, 0xa658_5d65, 0x7de7_5c6d]),
+        (7, &[0x4060_8080, 0x880e_1828, 0x68c1_6284, 0x8890_1e38, 0x58a9_4264, 0x668c_982e, 0x3e78_e9c3]),
         (
             8,
             &[
@@ -155,7 +168,7 @@ mod tests {
         for (bits, expected) in VECTORS {
             let row: Vec<u8> = (0..32u16).map(|i| (i % (1 << bits)) as u8).collect();
             let codes = Codes::from_values(bits, 3, 32, &row.repeat(3)).unwrap();
-            let words = to_words(&codes, None);
+            let words = to_words(&codes, false, None);
             let words: Vec<u32> = words.as_chunks().0.iter().map(|&w| u32::from_le_bytes(w)).collect();
             let column: Vec<u32> = expected.iter().flat_map(|&w| [w; 3]).collect();
             assert_eq!(words, column, "{bits} bits");
@@ -167,7 +180,8 @@ mod tests {
         /// Sizes around the blocks of the transposition.
         #[test]
         fn words_and_codes_are_inverse(
-            bits in prop::sample::select(vec![2u8, 3, 4, 8]),
+            bits in 2u8..=8,
+            planar in any::<bool>(),
             (rows, blocks) in (1usize..140, 1usize..9),
             seed in any::<u64>(),
             permuted in any::<bool>(),
@@ -184,7 +198,7 @@ mod tests {
             let perm = permuted.then(|| Permutation::new(features).unwrap());
 
             let codes = Codes::from_values(bits, rows, cols, &values).unwrap();
-            let words = to_words(&codes, perm.as_ref());
+            let words = to_words(&codes, false, perm.as_ref());
             // The slow definition: code k of output n begins at bit k * bits of the column's words.
             for (n, k) in [(0, 0), (rows - 1, cols - 1), (rows / 2, cols / 3)] {
                 let stored = perm.as_ref().map_or(k, |p| p.inverse()[k] as usize);
@@ -195,8 +209,12 @@ mod tests {
                 }
             }
             let mut back = Codes::zeros(bits, rows, cols).unwrap();
-            from_words(&words, &mut back, perm.as_ref());
-            prop_assert_eq!(back, codes);
+            from_words(&words, &mut back, false, perm.as_ref());
+            prop_assert_eq!(&back, &codes);
+
+            let words = to_words(&codes, planar, perm.as_ref());
+            from_words(&words, &mut back, planar, perm.as_ref());
+            prop_assert_eq!(&back, &codes);
         }
     }
 }
