@@ -34,6 +34,10 @@ pub(crate) fn quantize(spec: &ActSpec, x: ArrayView2<'_, f32>) -> Array2<f32> {
         ActSpec::Dynamic { outlier_threshold: Some(threshold), .. } => {
             int8_with_outliers(threshold, &mut out)
         }
+        ActSpec::TwoLevel { grid, len, factor, divide } => {
+            let factor = if divide { factor } else { 1.0 / factor };
+            round_blocks(grid, len.max(1), factor, &mut out);
+        }
     }
     out
 }
@@ -45,6 +49,21 @@ fn round_groups(grid: ActGrid, symmetric: bool, len: usize, x: &mut Array2<f32>)
         for mut group in row.axis_chunks_iter_mut(Axis(0), len) {
             let params = Params::fit(grid, symmetric, group.iter().copied());
             params.round(grid, group.view_mut());
+        }
+    });
+}
+
+/// NVFP4: every run of `len` columns of each row has a scale of E4M3, over a `factor` that is common to all.
+fn round_blocks(grid: ActGrid, len: usize, factor: f32, x: &mut Array2<f32>) {
+    let len = len.min(x.ncols().max(1));
+    x.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
+        for mut block in row.axis_chunks_iter_mut(Axis(0), len) {
+            let max = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
+            let scale = round_e4m3((factor * max / range(grid).1).min(448.0)) / factor;
+            match scale > 0.0 {
+                true => Params { scale, zero: 0.0 }.round(grid, block.view_mut()),
+                false => block.fill(0.0),
+            }
         }
     });
 }
@@ -61,6 +80,7 @@ fn range(grid: ActGrid) -> (f32, f32) {
     match grid {
         ActGrid::Int8 => (-128.0, 127.0),
         ActGrid::E4M3 => (-448.0, 448.0),
+        ActGrid::E2M1 => (-6.0, 6.0),
     }
 }
 
@@ -69,7 +89,9 @@ impl Params {
     fn fit(grid: ActGrid, symmetric: bool, values: impl Iterator<Item = f32>) -> Self {
         let (min, max) = values.fold((0.0f32, 0.0f32), |(min, max), x| (min.min(x), max.max(x)));
         let (low, high) = range(grid);
-        let (scale, zero) = if symmetric || grid == ActGrid::E4M3 {
+        let (scale, zero) = if grid == ActGrid::E2M1 {
+            (power_of_two(min.abs().max(max.abs())), 0.0)
+        } else if symmetric || grid == ActGrid::E4M3 {
             (min.abs().max(max.abs()) / ((high - low) / 2.0), 0.0)
         } else {
             let scale = (max - min) / (high - low);
@@ -87,6 +109,7 @@ impl Params {
             let q = match grid {
                 ActGrid::Int8 => q.round_ties_even(),
                 ActGrid::E4M3 => round_e4m3(q),
+                ActGrid::E2M1 => round_e2m1(q),
             };
             (q - self.zero) * self.scale
         });
@@ -98,6 +121,22 @@ fn round_e4m3(x: f32) -> f32 {
     let exponent = (x.abs().to_bits() >> 23) as i32 - 127;
     let step = quant_core::minifloat::exp2((exponent - 3).max(-9));
     (x / step).round_ties_even() * step
+}
+
+/// The nearest E2M1 number, ties to even: two significant bits, down to a step of a half.
+fn round_e2m1(x: f32) -> f32 {
+    let exponent = (x.abs().to_bits() >> 23) as i32 - 127;
+    let step = quant_core::minifloat::exp2((exponent - 1).max(-1));
+    (x / step).round_ties_even() * step
+}
+
+/// The scale of an MX block with that largest magnitude: a fourth of it, as a power of two; magnitudes from 1.75 times
+/// a power of two on count as the next.
+fn power_of_two(max: f32) -> f32 {
+    let bits = max.to_bits();
+    let up = i32::from(bits & 0x7F_FFFF >= 0x60_0000);
+    let exponent = (bits >> 23) as i32 - 127 + up - 2;
+    if max > 0.0 { quant_core::minifloat::exp2(exponent.clamp(-127, 127)) } else { 0.0 }
 }
 
 /// LLM.int8: columns with an element of at least `threshold` stay as they are; the rest is rounded to integers over
@@ -143,6 +182,23 @@ mod tests {
         assert_eq!(y, array![[255.0, 3.0, 0.0, 8.0, 100.0]]);
         let y = quantize(&ActSpec::Static { grid: ActGrid::Int8, scale: 0.5, zero: 10 }, x.view());
         assert_eq!(y, array![[58.5, 3.0, 0.0, 7.5, 58.5]]);
+    }
+
+    #[test]
+    fn small_floats_by_hand() {
+        let ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 5.1, 6.0];
+        assert_eq!(ties.map(round_e2m1), [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, 6.0, 6.0]);
+        assert_eq!([4.0, 6.9, 7.0, 0.0].map(power_of_two), [1.0, 1.0, 2.0, 0.0]);
+        // Largest 6: scale 1. Largest 12: scale 2.
+        let x = array![[6.0, 2.4, 12.0, -4.9]];
+        let y = quantize(&dynamic(ActGrid::E2M1, ActGroup::Columns(2), true), x.view());
+        assert_eq!(y, array![[6.0, 2.0, 12.0, -4.0]]);
+        // Blocks of 2 under the factor 2: scales 2 * 6 / 6 and 2 * 3 / 6, halved.
+        let spec = |factor, divide| ActSpec::TwoLevel { grid: ActGrid::E2M1, len: 2, factor, divide };
+        let x = array![[6.0, 2.4, 3.0, -1.3, 0.0]];
+        let y = quantize(&spec(2.0, true), x.view());
+        assert_eq!(y, array![[6.0, 2.0, 3.0, -1.5, 0.0]]);
+        assert_eq!(y, quantize(&spec(0.5, false), x.view()));
     }
 
     #[test]

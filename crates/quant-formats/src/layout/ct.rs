@@ -182,10 +182,12 @@ impl Ct {
         if self.format == Format::Pack && bits < 2 {
             return self.refuse("bits", bits, "it packs 2 to 8 bits");
         }
-        let blocks = self.format != Format::Pack;
-        if !matches!(group, GroupSize::Row | GroupSize::Columns(_))
-            && !(blocks && matches!(group, GroupSize::Tensor | GroupSize::Tile { .. }))
-        {
+        let fits = match group {
+            GroupSize::Row | GroupSize::Columns(_) => true,
+            GroupSize::Tensor | GroupSize::Tile { .. } => self.format != Format::Pack,
+            GroupSize::Flat(_) | GroupSize::Strided(_) => false,
+        };
+        if !fits {
             return self.refuse("group size", group, "choose columns per group, or -1 for whole rows");
         }
         if float_type(scales).is_none() {
