@@ -14,9 +14,10 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use quant_core::{ActSpec, DenseTensor, QuantSpec, QuantizedLinear};
+use quant_core::{ActSpec, DenseTensor, QuantSpec, QuantizedLinear, WeightSource};
 use quant_formats::{
-    Checkpoint, CheckpointWriter, FormatError, Layout, PlannedTensor, StoredModel, WriteOptions, layouts,
+    Checkpoint, CheckpointWriter, FormatError, Layout, PlannedLayer, PlannedTensor, StoredModel,
+    WriteOptions, layouts,
 };
 use quant_model::ArchSpec;
 use serde::Serialize;
@@ -112,6 +113,17 @@ struct Planned {
     note: String,
     input_sha256: String,
     output_sha256: String,
+}
+
+impl Planned {
+    /// What it is to its new layout.
+    fn layer(&self, source: &Checkpoint) -> Result<PlannedLayer<'_>, Error> {
+        let (rows, cols) = source.linear_shape(&self.module)?;
+        let bias = format!("{}.bias", self.module);
+        let bias = self.route.plan.iter().find(|tensor| tensor.name == bias).map(|tensor| tensor.dtype);
+        let layer = PlannedLayer::new(&self.module, &self.route.spec, rows, cols);
+        Ok(PlannedLayer { bias, input: &self.route.input, ..layer })
+    }
 }
 
 /// Converts a quantized checkpoint to another layout. Layers are read twice, once to find their form and once to write
@@ -223,14 +235,18 @@ fn write(
     config: &ConvertConfig,
     progress: &dyn Progress,
 ) -> Result<Conversion, Error> {
+    check_mixture(layout, &planned)?;
     let carried: Vec<PlannedTensor> = carried(source, &planned);
     let mut plan = carried.clone();
     plan.extend(planned.iter().flat_map(|p| p.route.plan.iter().cloned()));
     let mut conversion = summary(source, layout_in, layout, &planned, &plan);
-    let metadata = BTreeMap::from([
+    let mut metadata = BTreeMap::from([
         ("format".to_owned(), "pt".to_owned()),
         ("conversion".to_owned(), record(&conversion).to_string()),
     ]);
+    let layers = planned.iter().map(|p| p.layer(source)).collect::<Result<Vec<_>, Error>>()?;
+    let others: Vec<_> = carried.iter().map(|tensor| &tensor.name[..]).collect();
+    metadata.extend(layout.header_notes(&layers, &others));
     let options = WriteOptions { shard_size: config.shard_size, metadata, overwrite: config.overwrite };
     let writer = CheckpointWriter::create(out, &plan, &options)?;
     let bytes = |plan: &[PlannedTensor]| plan.iter().filter_map(PlannedTensor::byte_len).sum::<u64>();
@@ -251,6 +267,18 @@ fn write(
     conversion.leftover = writer.finish()?.leftover;
     progress.end();
     Ok(conversion)
+}
+
+/// Fails if layers differ where the layout has one kind for all.
+fn check_mixture(layout: &'static dyn Layout, planned: &[Planned]) -> Result<(), Error> {
+    let kind = |p: &Planned| (p.route.spec.bits, p.route.spec.grid, p.route.spec.group, p.route.spec.scales);
+    let odd = planned.windows(2).find(|pair| !layout.mixes() && kind(&pair[0]) != kind(&pair[1]));
+    let Some([first, other]) = odd else { return Ok(()) };
+    let because = format!(
+        "its groups are {}, those of {} are {}, and this layout has one kind for all layers",
+        other.route.spec.group, first.module, first.route.spec.group
+    );
+    Err(Error::Convert { module: other.module.clone(), layout: layout.id(), because })
 }
 
 /// Tensors that stay as they are: all that belong to no quantized layer.

@@ -110,34 +110,51 @@ impl Codes {
 /// Unpacks the bit stream `bytes` into one code per byte of `out`.
 pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
     match bits {
-        8 => out.copy_from_slice(&bytes[..out.len()]),
-        1 | 2 | 4 => {
-            let per = usize::from(8 / bits);
-            let mask = (1u8 << bits) - 1;
-            for (chunk, &byte) in out.chunks_mut(per).zip(bytes) {
-                for (i, o) in chunk.iter_mut().enumerate() {
-                    *o = byte >> (i * usize::from(bits)) & mask;
-                }
-            }
-        }
-        // Eight codes fill `bits` whole bytes, which fit a u64.
-        _ => {
-            for (chunk, bytes) in out.chunks_mut(8).zip(bytes.chunks(usize::from(bits))) {
-                let mut word = [0; 8];
-                word[..bytes.len()].copy_from_slice(bytes);
-                let codes = spread(bits, u64::from_le_bytes(word)).to_le_bytes();
-                chunk.copy_from_slice(&codes[..chunk.len()]);
-            }
-        }
+        1 => octets::<1>(bytes, out),
+        2 => octets::<2>(bytes, out),
+        3 => octets::<3>(bytes, out),
+        4 => octets::<4>(bytes, out),
+        5 => octets::<5>(bytes, out),
+        6 => octets::<6>(bytes, out),
+        7 => octets::<7>(bytes, out),
+        _ => out.copy_from_slice(&bytes[..out.len()]),
     }
+}
+
+/// Unpacks codes of `BITS` bits: eight of them fill as many whole bytes.
+fn octets<const BITS: usize>(bytes: &[u8], out: &mut [u8]) {
+    let (octets, last) = out.as_chunks_mut::<8>();
+    let (stored, rest) = bytes.as_chunks::<BITS>();
+    let codes = |stored: &[u8]| {
+        let mut word = [0; 8];
+        word[..stored.len()].copy_from_slice(stored);
+        spread(BITS as u8, u64::from_le_bytes(word)).to_le_bytes()
+    };
+    octets.iter_mut().zip(stored).for_each(|(octet, stored)| *octet = codes(stored));
+    let rest = stored.get(octets.len()).map_or(rest, |stored| &stored[..]);
+    last.copy_from_slice(&codes(rest)[..last.len()]);
 }
 
 /// Packs codes into a bit stream; the last byte is padded with zero bits. The inverse of [`unpack`].
 pub fn pack(bits: u8, values: &[u8], bytes: &mut [u8]) {
-    for (chunk, bytes) in values.chunks(8).zip(bytes.chunks_mut(usize::from(bits))) {
+    match bits {
+        1 => pack_octets::<1>(values, bytes),
+        2 => pack_octets::<2>(values, bytes),
+        3 => pack_octets::<3>(values, bytes),
+        4 => pack_octets::<4>(values, bytes),
+        5 => pack_octets::<5>(values, bytes),
+        6 => pack_octets::<6>(values, bytes),
+        7 => pack_octets::<7>(values, bytes),
+        _ => bytes[..values.len()].copy_from_slice(values),
+    }
+}
+
+/// The inverse of [`octets`].
+fn pack_octets<const BITS: usize>(values: &[u8], bytes: &mut [u8]) {
+    for (chunk, bytes) in values.chunks(8).zip(bytes.chunks_mut(BITS)) {
         let mut codes = [0; 8];
         codes[..chunk.len()].copy_from_slice(chunk);
-        let word = gather(bits, u64::from_le_bytes(codes)).to_le_bytes();
+        let word = gather(BITS as u8, u64::from_le_bytes(codes)).to_le_bytes();
         bytes.copy_from_slice(&word[..bytes.len()]);
     }
 }

@@ -184,6 +184,11 @@ pub trait Layout: Send + Sync {
     /// The `quantization_config` of a checkpoint written in this layout.
     fn config(&self, model: &StoredModel<'_>) -> Value;
 
+    /// Whether modules may have different bits and groups. If not, a configuration holds one kind for all.
+    fn mixes(&self) -> bool {
+        true
+    }
+
     /// Further files that other programs look for, made from [`Layout::config`].
     fn side_files(&self, _config: &Value) -> Vec<(String, Vec<u8>)> {
         Vec::new()

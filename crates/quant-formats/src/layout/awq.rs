@@ -240,6 +240,10 @@ impl Layout for Awq {
         Ok(tensors)
     }
 
+    fn mixes(&self) -> bool {
+        false
+    }
+
     fn config(&self, model: &StoredModel<'_>) -> Value {
         let version = match self.version {
             Version::Gemm => "gemm",

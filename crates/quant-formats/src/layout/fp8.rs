@@ -205,6 +205,10 @@ impl Layout for Fp8 {
         Ok(tensors)
     }
 
+    fn mixes(&self) -> bool {
+        false
+    }
+
     fn config(&self, model: &StoredModel<'_>) -> Value {
         let mut skipped = vec!["lm_head"];
         skipped.extend(

@@ -198,6 +198,10 @@ impl Layout for ModelOpt {
         Ok(tensors)
     }
 
+    fn mixes(&self) -> bool {
+        false
+    }
+
     fn config(&self, model: &StoredModel<'_>) -> Value {
         let mut ignore = vec!["lm_head"];
         ignore.extend(

@@ -51,8 +51,13 @@ impl<'a> Parts<'a> {
         }
         let expected = match types {
             [one] => one.name(),
-            types if types == FLOATS => "F16, BF16 or F32",
-            _ => "another type",
+            [DType::I32, DType::I16] => "I32 or I16",
+            [DType::F8E4M3, DType::U8] => "F8_E4M3 or U8",
+            [DType::I8, DType::F8E4M3] => "I8 or F8_E4M3",
+            [DType::U8, DType::F8E8M0] => "U8 or F8_E8M0",
+            [DType::I64, DType::I32] => "I64 or I32",
+            types if types.contains(&DType::F8E8M0) => "F16, BF16, F32 or F8_E8M0",
+            _ => "F16, BF16 or F32",
         };
         Err(FormatError::TensorDType { tensor: self.name(part), expected, found })
     }
