@@ -1,19 +1,21 @@
-//! Attention of a block of queries to cached keys and values.
+//! Attention of a block of queries to stored keys and values.
+
+mod store;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
-use rayon::prelude::*;
 
+use self::store::{HeadWork, PANEL, Store, Stored};
+pub use self::store::{KvStore, KvType};
 use crate::dense::{self, KC, SPILL, add, parts};
 use crate::error::ShapeError;
-use crate::isa;
 use crate::scratch::Scratch;
 use crate::simd::{self, Vector, Work};
 use crate::vec::softmax_visible;
-
-#[cfg(test)]
-mod tests;
+use crate::{isa, pool};
 
 /// Heads of an attention layer. Query head `h` looks at key-value head `h / (heads / kv_heads)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +59,8 @@ impl Mask {
 /// Query rows that one task handles: their scores over some thousand keys fit a level-2 cache.
 const ROWS: usize = 48;
 
-/// Multiplications below which everything stays on the calling thread (see [`crate::dense`]).
-const SERIAL: usize = 1 << 18;
+/// Multiplications below which everything stays on the calling thread: about a microsecond of it.
+const SERIAL: usize = 1 << 16;
 
 /// `out = softmax(scale · q · kᵀ) · v` for each head.
 ///
@@ -75,19 +77,34 @@ pub fn attend(
     v: ArrayView2<'_, f32>,
     out: ArrayViewMut2<'_, f32>,
 ) -> Result<(), ShapeError> {
+    let mut store = KvStore::new(heads.kv_heads, heads.dim, KvType::F32);
+    store.append(k, v)?;
+    attend_stored(heads, mask, scale, q, &store, out)
+}
+
+/// [`attend`] to stored keys and values of `heads.kv_heads` heads of `heads.dim` numbers. In f32 the bits are the same;
+/// otherwise they are those of the stored numbers made f32 again.
+pub fn attend_stored(
+    heads: Heads,
+    mask: Mask,
+    scale: f32,
+    q: ArrayView2<'_, f32>,
+    store: &KvStore,
+    out: ArrayViewMut2<'_, f32>,
+) -> Result<(), ShapeError> {
     let Heads { heads: count, kv_heads, dim } = heads;
-    let (t, s) = (q.nrows(), k.nrows());
+    let (t, s) = (q.nrows(), store.len());
     if kv_heads == 0 || !count.is_multiple_of(kv_heads) {
         return Err(ShapeError::Length { operand: "heads", expected: kv_heads, found: count });
     }
     dense::check_shape("q", [t, count * dim], &q)?;
-    dense::check_shape("k", [s, kv_heads * dim], &k)?;
-    dense::check_shape("v", [s, kv_heads * dim], &v)?;
     dense::check_shape("out", [t, count * dim], &out)?;
     dense::check_rows("q", &q)?;
-    dense::check_rows("k", &k)?;
-    dense::check_rows("v", &v)?;
     dense::check_rows("out", &out)?;
+    if (kv_heads, dim) != (store.heads(), store.dim()) {
+        let (expected, found) = ([kv_heads, dim], [store.heads(), store.dim()]);
+        return Err(ShapeError::Shape { operand: "heads", expected, found });
+    }
     if let Mask::Causal { offset, .. } = mask
         && s < offset + t
     {
@@ -99,34 +116,24 @@ pub fn attend(
     }
     let group = count / kv_heads;
     let height = (ROWS / group).max(1);
-    let (q, k, v) = (dense::rows_of(q), dense::rows_of(k), dense::rows_of(v));
+    let q = dense::rows_of(q);
     let mut tasks = Vec::new();
     let mut below = out;
     for rows in parts(0..t, height) {
         let (mut strip, rest) = below.split_at(Axis(0), rows.len());
         for kv_head in 0..kv_heads {
             let (out, right) = strip.split_at(Axis(1), group * dim);
-            tasks.push(Task {
-                dim,
-                group,
-                kv_head,
-                mask,
-                scale,
-                rows: rows.clone(),
-                q: &q,
-                k: &k,
-                v: &v,
-                out,
-            });
+            tasks.push(Task { dim, group, kv_head, mask, scale, rows: rows.clone(), q: &q, store, out });
             strip = right;
         }
         below = rest;
     }
     let isa = isa::active();
-    if tasks.len() < 2 || t.saturating_mul(s).saturating_mul(count * dim) <= SERIAL {
-        tasks.into_iter().for_each(|task| simd::run(isa, task));
+    let run = |task: &mut Task<'_>| simd::run(isa, Run(task));
+    if t.saturating_mul(s).saturating_mul(count * dim) <= SERIAL {
+        tasks.iter_mut().for_each(run);
     } else {
-        tasks.into_par_iter().for_each(|task| simd::run(isa, task));
+        pool::for_each(&mut tasks, run);
     }
     Ok(())
 }
@@ -141,18 +148,36 @@ struct Task<'a> {
     /// Rows of `q`.
     rows: Range<usize>,
     q: &'a [&'a [f32]],
-    k: &'a [&'a [f32]],
-    v: &'a [&'a [f32]],
+    store: &'a KvStore,
     /// `[rows, group * dim]`.
     out: ArrayViewMut2<'a, f32>,
 }
 
-impl Work for Task<'_> {
+/// A task on its way to the code of its vectors and of its store.
+struct Run<'t, 'a>(&'t mut Task<'a>);
+
+impl Work for Run<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<V: Vector>(mut self, simd: V) {
-        let (dim, group, keys) = (self.dim, self.group, self.k.len());
+    fn run<V: Vector>(self, simd: V) {
+        struct On<'t, 'a, V>(&'t mut Task<'a>, V);
+        impl<V: Vector> HeadWork for On<'_, '_, V> {
+            #[inline(always)]
+            fn run<E: Stored>(self, head: &Store<E>) {
+                self.0.attend(self.1, head);
+            }
+        }
+        let (store, head) = (self.0.store, self.0.kv_head);
+        store.with_head(head, On(self.0, simd));
+    }
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn attend<V: Vector, E: Stored>(&mut self, simd: V, store: &Store<E>) {
+        const { assert!(PANEL.is_multiple_of(V::NR)) };
+        let (dim, group, keys) = (self.dim, self.group, self.store.len());
         // Query and head `i` of this task: queries outermost, so that neighbours see nearly the same keys.
         let count = self.rows.len() * group;
         let visible = |i: usize| self.mask.visible(self.rows.start + i / group, keys);
@@ -166,12 +191,14 @@ impl Work for Task<'_> {
             return;
         }
 
+        // Scores begin with a panel of keys; those of keys before `all` count for nothing.
+        let base = all.start / V::NR * V::NR;
+        let width = all.end - base;
         let mut scratch = Scratch::take();
-        let [scores, left, panel, sums] =
-            scratch.split([count * all.len(), count * KC + SPILL, KC * V::NR, tile_rows * V::NR]);
+        let [scores, left, wide, narrow, sums] =
+            scratch.split([count * width, count * KC + SPILL, KC * PANEL, KC * V::NR, tile_rows * V::NR]);
 
         // Scores, a panel of keys at a time.
-        let columns = self.kv_head * dim..(self.kv_head + 1) * dim;
         let queries: Vec<&[f32]> = (0..count)
             .map(|i| {
                 let head = self.kv_head * group + i % group;
@@ -187,10 +214,8 @@ impl Work for Task<'_> {
                     &mut left[tile.start * block.len()..],
                 );
             }
-            for j in all.clone().step_by(V::NR) {
-                let depth = columns.start + block.start..columns.start + block.end;
-                let panel = &mut panel[..block.len() * V::NR];
-                dense::pack_turned(simd, &self.k[..all.end], j, depth, V::NR, panel);
+            for j in (base..all.end).step_by(V::NR) {
+                let panel = store.keys(simd, j, V::NR, block.clone(), dim, [&mut *wide, &mut *narrow]);
                 for tile in parts(0..count, tile_rows) {
                     let keys = seen(tile.clone());
                     if j >= keys.end || j + V::NR <= keys.start {
@@ -200,32 +225,31 @@ impl Work for Task<'_> {
                     sums.fill(0.0);
                     let a = &left[tile.start * block.len()..tile.end * block.len()];
                     simd.tile(tile.len(), V::NR, a, panel, sums);
-                    let width = V::NR.min(all.end - j);
+                    let here = V::NR.min(all.end - j);
                     let beta = if block.start == 0 { 0.0 } else { 1.0 };
                     for (i, sums) in tile.zip(sums.chunks_exact(V::NR)) {
-                        let at = i * all.len() + j - all.start;
-                        add(self.scale, &sums[..width], beta, &mut scores[at..at + width]);
+                        let at = i * width + j - base;
+                        add(self.scale, &sums[..here], beta, &mut scores[at..at + here]);
                     }
                 }
             }
         }
 
-        for (i, row) in scores.chunks_exact_mut(all.len()).enumerate() {
+        for (i, row) in scores.chunks_exact_mut(width).enumerate() {
             let visible = visible(i);
-            softmax_visible(row, visible.start - all.start..visible.end - all.start);
+            softmax_visible(row, visible.start - base..visible.end - base);
         }
 
         // Values, a block of keys at a time; blocks are counted from key 0.
         self.out.fill(0.0);
         let mut out: Vec<&mut [f32]> = Vec::with_capacity(count);
-        for row in self.out.into_outer_iter_mut() {
+        for row in self.out.view_mut().into_outer_iter_mut() {
             out.extend(row.into_slice().expect("rows are contiguous").chunks_exact_mut(dim));
         }
         for block in parts(all.start / KC * KC..all.end, KC) {
             let block = block.start.max(all.start)..block.end;
-            let scores = |i: usize, keys: Range<usize>| {
-                &scores[i * all.len()..][keys.start - all.start..keys.end - all.start]
-            };
+            let scores =
+                |i: usize, keys: Range<usize>| &scores[i * width..][keys.start - base..keys.end - base];
             let values =
                 |keys: Range<usize>| (keys.start - block.start) * V::NR..(keys.end - block.start) * V::NR;
             // The keys that all rows of a tile see; a row sees some more before and behind.
@@ -239,7 +263,7 @@ impl Work for Task<'_> {
                 dense::pack_rows(simd, &rows, 0..middle.len(), &mut left[tile.start * KC..]);
             }
             for c in (0..dim).step_by(V::NR) {
-                dense::pack_plain(&self.v[block.clone()], columns.start + c, V::NR, panel);
+                let panel = store.values(simd, block.clone(), c, V::NR, [&mut *wide, &mut *narrow]);
                 for tile in parts(0..count, tile_rows) {
                     let sums = &mut sums[..tile.len() * V::NR];
                     sums.fill(0.0);
@@ -255,8 +279,8 @@ impl Work for Task<'_> {
                         simd.tile(1, V::NR, scores(i, behind.clone()), &panel[values(behind)], sums);
                     }
                     for (i, sums) in tile.zip(sums.chunks_exact(V::NR)) {
-                        let width = V::NR.min(dim - c);
-                        add(1.0, &sums[..width], 1.0, &mut out[i][c..c + width]);
+                        let here = V::NR.min(dim - c);
+                        add(1.0, &sums[..here], 1.0, &mut out[i][c..c + here]);
                     }
                 }
             }

@@ -27,7 +27,7 @@ use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
 use self::driver::Product;
 pub(crate) use self::driver::{add, parts};
 use self::operand::{Expanded, Turned};
-pub(crate) use self::operand::{Left, Plain, Right, SPILL, pack_plain, pack_rows, pack_turned, rows_of};
+pub(crate) use self::operand::{Left, Plain, Right, SPILL, pack_rows, rows_of};
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.

@@ -23,7 +23,7 @@ mod simd;
 mod ukr;
 pub mod vec;
 
-pub use attention::{Heads, Mask, attend};
+pub use attention::{Heads, KvStore, KvType, Mask, attend, attend_stored};
 pub use dense::{
     HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,
 };

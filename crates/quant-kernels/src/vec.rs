@@ -16,7 +16,9 @@ pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use reduce::{absmax, dot, log_sum_exp};
 
+pub(crate) use convert::narrow_f16;
 pub(crate) use norm::softmax_visible;
+pub(crate) use reduce::absmax_of;
 
 use crate::error::ShapeError;
 use crate::isa;

@@ -96,6 +96,62 @@ fn one_query_at_a_time_gives_the_bits_of_all_at_once() {
     }
 }
 
+/// Stored keys and values, appended piece by piece, against plain attention to the rounded numbers.
+#[test]
+fn stores_of_every_type_hold_what_they_round_to() {
+    for (heads, total) in [
+        (Heads { heads: 6, kv_heads: 2, dim: 20 }, KC + 70),
+        (Heads { heads: 2, kv_heads: 2, dim: 64 }, 33),
+        (Heads { heads: 4, kv_heads: 1, dim: 33 }, 5),
+    ] {
+        let width = heads.kv_heads * heads.dim;
+        let (k, v) = (matrix(total, width, 5), matrix(total, width, 6));
+        let q = matrix(total, heads.heads * heads.dim, 7);
+        for kind in [KvType::F32, KvType::F16, KvType::Int8] {
+            let round = |x: &Array2<f32>| {
+                let heads = x.exact_chunks((1, heads.dim)).into_iter();
+                let numbers: Vec<f32> = heads
+                    .flat_map(|head| store::rounded(kind, &head.iter().copied().collect::<Vec<_>>()))
+                    .collect();
+                Array2::from_shape_vec((total, width), numbers).unwrap()
+            };
+            let (k_rounded, v_rounded) = (round(&k), round(&v));
+            for &cap in isa::supported() {
+                isa::with_cap(cap, || {
+                    let mut store = KvStore::new(heads.kv_heads, heads.dim, kind);
+                    for piece in [0..3, 3..4, 4..total] {
+                        let rows = |x: &Array2<f32>| x.slice(s![piece.clone(), ..]).to_owned();
+                        store.append(rows(&k).view(), rows(&v).view()).unwrap();
+                        let mask = Mask::Causal { offset: piece.start, window: Some(KC + 40) };
+                        let q = q.slice(s![piece.clone(), ..]);
+                        let (mut found, mut expected) = (Array2::zeros(q.dim()), Array2::zeros(q.dim()));
+                        attend_stored(heads, mask, 0.3, q, &store, found.view_mut()).unwrap();
+                        let [k, v] = [&k_rounded, &v_rounded].map(|x| x.slice(s![..piece.end, ..]));
+                        attend(heads, mask, 0.3, q, k, v, expected.view_mut()).unwrap();
+                        assert!(
+                            found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                            "{kind:?} {cap}"
+                        );
+                    }
+                    assert_eq!(store.len(), total);
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn int8_steps_are_those_of_the_largest_magnitude() {
+    let rounded = |row: &[f32]| store::rounded(KvType::Int8, row);
+    assert_eq!(rounded(&[0.0, 0.0]), [0.0, 0.0]);
+    assert_eq!(rounded(&[127.0, -63.4, 0.5]), [127.0, -63.0, 0.0]);
+    let row: Vec<f32> = (0..64).map(|i| (i as f32 - 20.0) * 0.37).collect();
+    let step = 43.0 * 0.37 / 127.0;
+    // Half a step, and the rounding of the products on the way.
+    assert!(rounded(&row).iter().zip(&row).all(|(a, b)| (a - b).abs() <= 0.5 * step * (1.0 + 1e-5)));
+    assert!(rounded(&[1.0, f32::INFINITY]).iter().all(|x| x.is_nan()));
+}
+
 #[test]
 fn what_is_not_seen_has_no_influence() {
     let heads = Heads { heads: 1, kv_heads: 1, dim: 8 };
@@ -121,7 +177,7 @@ fn wrong_shapes_are_refused() {
     let error = attend(heads, mask, 1.0, q.view(), k.view(), k.view(), out.view_mut()).unwrap_err();
     assert_eq!(error, ShapeError::Length { operand: "k", expected: 4, found: 3 });
     let error = attend(heads, Mask::All, 1.0, q.view(), q.view(), k.view(), out.view_mut()).unwrap_err();
-    assert_eq!(error, ShapeError::Shape { operand: "k", expected: [3, 4], found: [3, 8] });
+    assert_eq!(error, ShapeError::Shape { operand: "keys", expected: [3, 4], found: [3, 8] });
     let odd = Heads { heads: 3, kv_heads: 2, dim: 4 };
     assert!(attend(odd, Mask::All, 1.0, q.view(), k.view(), k.view(), out.view_mut()).is_err());
     let empty = Array2::<f32>::zeros((0, 4));

@@ -100,7 +100,7 @@ impl Operation for NarrowF16<'_> {
 
 /// binary32 to binary16 without branches.
 #[inline(always)]
-fn narrow_f16(x: f32) -> u16 {
+pub(crate) fn narrow_f16(x: f32) -> u16 {
     let sign = x.to_bits() >> 16 & 0x8000;
     let bits = x.to_bits() & 0x7fff_ffff;
     // Normal results: move the exponent, round the 13 bits that fall off to even; too large ones carry into

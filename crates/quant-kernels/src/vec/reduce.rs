@@ -47,13 +47,19 @@ impl Operation for AbsMax<'_> {
 
     #[inline(always)]
     fn run(self) -> f32 {
-        // Magnitudes order as their bits do, with NaN above infinity; the maximum of integers knows no order.
-        let mut max = 0;
-        for x in self.x {
-            max = (x.to_bits() & 0x7fff_ffff).max(max);
-        }
-        f32::from_bits(max)
+        absmax_of(self.x)
     }
+}
+
+/// [`absmax`] inside code that is compiled for an instruction set.
+#[inline(always)]
+pub(crate) fn absmax_of(x: &[f32]) -> f32 {
+    // Magnitudes order as their bits do, with NaN above infinity; the maximum of integers knows no order.
+    let mut max = 0;
+    for x in x {
+        max = (x.to_bits() & 0x7fff_ffff).max(max);
+    }
+    f32::from_bits(max)
 }
 
 /// `ln of the sum of e^x[i]` in f64: the normaliser of log-probabilities. Minus infinity for an empty slice.
