@@ -14,6 +14,7 @@ mod model;
 mod progress;
 mod quantize;
 pub mod registry;
+mod synthetic;
 mod system;
 mod verify;
 
@@ -35,9 +36,11 @@ pub use quant_formats::{
 pub use quant_kernels::isa::IsaError;
 pub use quant_methods::{ColumnOrder, Compat, GptqOptions, MethodOptions};
 pub use quant_model::{
-    ChatTemplate, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError, Tokenizer,
+    ChatTemplate, Compute, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError,
+    Tokenizer,
 };
 pub use quantize::{LayerSummary, Plan, PlannedLayer, Summary, plan, quantize};
 pub use registry::{Entry, Info, check_environment, info};
+pub use synthetic::{RandomLayout, RandomWeights, SHAPES, Shape, synthetic};
 pub use system::{dense_flops, peak_rss_bytes};
 pub use verify::{Verification, verify};

@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 use ndarray::Array2;
 use quant_formats::{Checkpoint, resolve_model};
 use quant_model::{
-    ChatTemplate, Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens, generate,
+    ChatTemplate, Compute, Decoder, GenerateOptions, Generated, MemoryFootprint, Tokenizer, eos_tokens,
+    generate,
 };
 use serde_json::Value;
 
@@ -43,6 +44,11 @@ impl Model {
         let checkpoint = Checkpoint::open(path)?;
         let decoder = Decoder::load(checkpoint.config(), &checkpoint)?;
         Ok(Self { decoder, checkpoint, tokenizer: OnceLock::new() })
+    }
+
+    /// Chooses how products with quantized weights are computed; exactly at first.
+    pub fn set_compute(&mut self, compute: Compute) {
+        self.decoder.set_compute(compute);
     }
 
     /// The network.

@@ -73,15 +73,17 @@ fn model_path(model: &str) -> Result<PathBuf, Failure> {
 /// How products with quantized weights are computed.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Compute {
-    /// In f32
+    /// In f32, with the bits of the dequantized weights
     Exact,
-    /// With rounded activations where this build has a product for them, else as exact
+    /// With activations rounded to eight bits, where this build has a product for the weights; else as exact
     Fast,
 }
 
-impl Compute {
-    /// What is really used: this build has only exact products.
-    fn used(self) -> &'static str {
-        "exact"
+impl From<Compute> for quant::Compute {
+    fn from(compute: Compute) -> Self {
+        match compute {
+            Compute::Exact => quant::Compute::Exact,
+            Compute::Fast => quant::Compute::Fast,
+        }
     }
 }

@@ -29,5 +29,5 @@ pub use dense::{
 };
 pub use error::ShapeError;
 pub use isa::Isa;
-pub use packed::{ActScales, Activations, Input, PackError, PackedMatrix};
+pub use packed::{ActScales, Activations, Input, PackError, PackedMatrix, matmul_all};
 pub use simd::vectorized;

@@ -28,6 +28,7 @@ pub use self::act::{ActScales, Activations, Input};
 use self::panels::Panels;
 use crate::dense::{self, Plain};
 use crate::error::ShapeError;
+use crate::ukr::Weights;
 use crate::ukr::{HEIGHTS, table};
 use crate::{isa, simd};
 
@@ -126,16 +127,20 @@ impl PackedMatrix {
     /// Panics if there is no fast product ([`PackedMatrix::fast_input`] is `None`), or if the activations were
     /// made for another input.
     pub fn matmul_with(&self, x: &Activations, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
-        dense::check_rows("out", &out)?;
-        dense::check_shape("out", [x.rows(), self.shape().0], &out)?;
+        matmul_all(x, vec![(self, out)])
+    }
+
+    /// The operands of a fast product, checked.
+    fn fast(&self, x: &Activations, out: &ArrayViewMut2<'_, f32>) -> Result<(&Panels, Weights), ShapeError> {
+        dense::check_rows("out", out)?;
+        dense::check_shape("out", [x.rows(), self.shape().0], out)?;
         let fast = match &self.0 {
-            Layout::Panels(panels) => panels.weights().map(|weights| (panels, weights)),
+            Layout::Panels(panels) => panels.weights().map(|weights| (&**panels, weights)),
             Layout::Rows(_) => None,
         };
         let (panels, weights) = fast.expect("a matrix with a fast input");
-        assert!(x.input() == Some(&panels.input), "activations for the input of this matrix");
-        product::multiply(panels, weights, x, out);
-        Ok(())
+        assert!(x.is_for(&panels.input), "activations for the input of this matrix");
+        Ok((panels, weights))
     }
 
     /// Row `r` in f32, `out: [in]` (embedding lookup).
@@ -155,6 +160,21 @@ impl PackedMatrix {
         }
         Ok(())
     }
+}
+
+/// [`PackedMatrix::matmul_with`] for several matrices at once, which costs less than one after the other where there are
+/// few rows.
+pub fn matmul_all(
+    x: &Activations,
+    products: Vec<(&PackedMatrix, ArrayViewMut2<'_, f32>)>,
+) -> Result<(), ShapeError> {
+    let mut checked = Vec::with_capacity(products.len());
+    for (matrix, out) in products {
+        let (panels, weights) = matrix.fast(x, &out)?;
+        checked.push((panels, weights, out));
+    }
+    product::multiply(x, checked);
+    Ok(())
 }
 
 /// Dequantizes some rows at a time and multiplies them as a dense matrix.

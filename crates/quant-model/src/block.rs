@@ -4,22 +4,23 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, Axis, Slice};
 use quant_core::{WeightError, WeightSource};
-use quant_kernels::{Heads, Mask, attend, vec};
-use rayon::prelude::*;
+use quant_kernels::{Heads, KvStore, Mask, attend, attend_stored, pool, vec};
 
 use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, NormPlace, PositionSpec, StageKind};
 use crate::error::ModelError;
-use crate::kv::LayerCache;
-use crate::linear::{Linear, linear};
+use crate::linear::{Compute, Linear, forward_all, linear};
 use crate::norm::Norm;
 use crate::rope::RopeTable;
+use crate::rows::{Workspace, each_row, each_row_mut};
 
-/// Rows of activations as sequences of equal length, one after the other, all at the same positions.
+/// Rows of activations as sequences of equal length, one after the other, all at the same positions, and how products
+/// with them are computed.
 #[derive(Clone, Debug)]
 pub struct Sequences {
     start: usize,
     len: usize,
     rope: Option<RopeTable>,
+    compute: Compute,
 }
 
 impl Sequences {
@@ -42,7 +43,13 @@ impl Sequences {
             }
             PositionSpec::Learned => None,
         };
-        Ok(Self { start, len, rope })
+        Ok(Self { start, len, rope, compute: Compute::Exact })
+    }
+
+    /// The same with other products; they are exact at first.
+    #[must_use]
+    pub fn computed(self, compute: Compute) -> Self {
+        Self { compute, ..self }
     }
 
     /// Position of the first row of a sequence.
@@ -148,6 +155,11 @@ impl Block {
         self.slots[slot].linear.as_deref()
     }
 
+    /// The linears that are set.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &dyn Linear> {
+        self.slots.iter().filter_map(|slot| slot.linear.as_deref())
+    }
+
     /// Replaces the linear in a slot.
     pub fn set_linear(&mut self, slot: usize, linear: Box<dyn Linear>) -> Result<(), ModelError> {
         let spec = self.spec.linears().nth(slot).expect("the slot exists");
@@ -174,44 +186,22 @@ impl Block {
 
     /// Input of the first stage for the residual stream `x`: `[t, hidden]`.
     pub fn begin(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
-        match self.spec.norm.place {
-            NormPlace::Before => self.attention_norm.forward(x),
-            NormPlace::After => x.to_owned(),
-        }
+        self.enter(x, &mut Workspace::default())
     }
 
     /// Runs one stage: its linears on `input` and what follows them. `x`: `[t, hidden]` is the residual stream, to
     /// which the second and fourth stage add. Returns the input of the next stage (after the last: nothing, `[0, 0]`).
     ///
-    /// With a cache there is one sequence, and its keys and values are appended.
+    /// With a store there is one sequence, and its keys and values are appended.
     pub fn advance(
         &self,
         stage: usize,
         input: ArrayView2<'_, f32>,
         x: &mut Array2<f32>,
         sequences: &Sequences,
-        cache: Option<&mut LayerCache>,
+        store: Option<&mut KvStore>,
     ) -> Result<Array2<f32>, ModelError> {
-        let y = self.project(stage, input)?;
-        match self.spec.stages[stage].kind {
-            StageKind::Qkv => self.attend(y, sequences, cache),
-            StageKind::AttentionOut => {
-                *x += &y;
-                if self.spec.norm.place == NormPlace::Before {
-                    return Ok(self.mlp_norm.forward(x.view()));
-                }
-                *x = self.attention_norm.forward(x.view());
-                Ok(x.clone())
-            }
-            StageKind::MlpIn => Ok(activated(&self.spec, y)),
-            StageKind::MlpOut => {
-                *x += &y;
-                if self.spec.norm.place == NormPlace::After {
-                    *x = self.mlp_norm.forward(x.view());
-                }
-                Ok(Array2::zeros((0, 0)))
-            }
-        }
+        self.pass(stage, input, x, sequences, store, &mut Workspace::default())
     }
 
     /// The whole block on the residual stream `x`: `[t, hidden]`.
@@ -219,67 +209,147 @@ impl Block {
         &self,
         x: &mut Array2<f32>,
         sequences: &Sequences,
-        mut cache: Option<&mut LayerCache>,
+        store: Option<&mut KvStore>,
     ) -> Result<(), ModelError> {
-        let mut input = self.begin(x.view());
+        self.forward_in(x, sequences, store, &mut Workspace::default())
+    }
+
+    /// [`Block::forward`] in memory that other blocks have used.
+    pub(crate) fn forward_in(
+        &self,
+        x: &mut Array2<f32>,
+        sequences: &Sequences,
+        mut store: Option<&mut KvStore>,
+        work: &mut Workspace,
+    ) -> Result<(), ModelError> {
+        let mut input = self.enter(x.view(), work);
         for stage in 0..self.spec.stages.len() {
-            input = self.advance(stage, input.view(), x, sequences, cache.as_deref_mut())?;
+            let next = self.pass(stage, input.view(), x, sequences, store.as_deref_mut(), work)?;
+            work.recycle(std::mem::replace(&mut input, next));
         }
         Ok(())
     }
 
+    fn enter(&self, x: ArrayView2<'_, f32>, work: &mut Workspace) -> Array2<f32> {
+        let mut out = work.matrix(x.nrows(), x.ncols());
+        match self.spec.norm.place {
+            NormPlace::Before => self.attention_norm.forward(x, &mut out),
+            NormPlace::After => out.assign(&x),
+        }
+        out
+    }
+
+    fn pass(
+        &self,
+        stage: usize,
+        input: ArrayView2<'_, f32>,
+        x: &mut Array2<f32>,
+        sequences: &Sequences,
+        store: Option<&mut KvStore>,
+        work: &mut Workspace,
+    ) -> Result<Array2<f32>, ModelError> {
+        let mut y = self.project(stage, input, sequences.compute, work)?;
+        let (t, hidden) = x.dim();
+        let next = match self.spec.stages[stage].kind {
+            StageKind::Qkv => {
+                self.place(&mut y, sequences);
+                let mut out = work.matrix(t, self.spec.q_size());
+                self.attend(y.view(), sequences, store, &mut out)?;
+                out
+            }
+            StageKind::AttentionOut => {
+                let mut out = work.matrix(t, hidden);
+                match self.spec.norm.place {
+                    NormPlace::Before => self.mlp_norm.add_forward(x, y.view(), &mut out),
+                    NormPlace::After => {
+                        self.attention_norm.add_forward(x, y.view(), &mut out);
+                        x.assign(&out);
+                    }
+                }
+                out
+            }
+            StageKind::MlpIn => {
+                let mut out = work.matrix(t, self.spec.intermediate_size);
+                activate(&self.spec, y.view(), &mut out);
+                out
+            }
+            StageKind::MlpOut => {
+                match self.spec.norm.place {
+                    NormPlace::Before => {
+                        let add =
+                            |_, y: &[f32], x: &mut [f32]| vec::add(x, y).expect("rows are of one width");
+                        each_row(y.view(), x.view_mut(), add);
+                    }
+                    NormPlace::After => {
+                        let mut out = work.matrix(t, hidden);
+                        self.mlp_norm.add_forward(x, y.view(), &mut out);
+                        work.recycle(std::mem::replace(x, out));
+                    }
+                }
+                Array2::zeros((0, 0))
+            }
+        };
+        work.recycle(y);
+        Ok(next)
+    }
+
     /// The linears of a stage, their outputs side by side: `[t, sum of out]`. Whether a checkpoint fuses query, key
     /// and value thus makes no difference afterwards.
-    fn project(&self, stage: usize, input: ArrayView2<'_, f32>) -> Result<Array2<f32>, ModelError> {
-        let width = self.spec.stages[stage].linears.iter().map(|linear| linear.out_features).sum();
-        let mut y = Array2::zeros((input.nrows(), width));
-        let mut column = 0;
+    fn project(
+        &self,
+        stage: usize,
+        input: ArrayView2<'_, f32>,
+        compute: Compute,
+        work: &mut Workspace,
+    ) -> Result<Array2<f32>, ModelError> {
+        let mut linears = Vec::with_capacity(3);
         for slot in &self.slots[self.spec.slots(stage)] {
-            let Some(linear) = &slot.linear else {
-                return Err(ModelError::Empty { module: slot.module.clone() });
-            };
-            let end = column + linear.shape().0;
-            linear.forward(input, y.slice_axis_mut(Axis(1), Slice::from(column..end)))?;
-            column = end;
+            let empty = || ModelError::Empty { module: slot.module.clone() };
+            linears.push(slot.linear.as_deref().ok_or_else(empty)?);
         }
+        let width = linears.iter().map(|linear| linear.shape().0).sum();
+        let mut y = work.matrix(input.nrows(), width);
+        let mut outs = Vec::with_capacity(linears.len());
+        let mut rest = y.view_mut();
+        for linear in &linears {
+            let (out, right) = rest.split_at(Axis(1), linear.shape().0);
+            outs.push(out);
+            rest = right;
+        }
+        forward_all(&linears, input, compute, outs, work)?;
         Ok(y)
     }
 
     /// From `qkv`: `[t, q | k | v]` to the attended values `[t, q]`.
     fn attend(
         &self,
-        mut qkv: Array2<f32>,
+        qkv: ArrayView2<'_, f32>,
         sequences: &Sequences,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Array2<f32>, ModelError> {
-        let (q_size, kv_size) = (self.spec.q_size(), self.spec.kv_size());
-        self.place(&mut qkv, sequences);
-        let (q, kv) = qkv.view().split_at(Axis(1), q_size);
-        let (k, v) = kv.split_at(Axis(1), kv_size);
+        store: Option<&mut KvStore>,
+        out: &mut Array2<f32>,
+    ) -> Result<(), ModelError> {
+        let (q, kv) = qkv.split_at(Axis(1), self.spec.q_size());
+        let (k, v) = kv.split_at(Axis(1), self.spec.kv_size());
         let heads = Heads { heads: self.spec.heads, kv_heads: self.spec.kv_heads, dim: self.spec.head_dim };
-        let mut out = Array2::zeros((q.nrows(), q_size));
-        match cache {
-            Some(cache) => {
-                let mask = Mask::Causal { offset: cache.len(), window: self.window };
-                cache.append(k, v);
-                let (k, v) = cache.views();
-                attend(heads, mask, self.scale, q, k, v, out.view_mut())?;
-            }
-            None => {
-                let mask = match self.spec.causal {
-                    true => Mask::Causal { offset: 0, window: self.window },
-                    false => Mask::All,
-                };
-                let len = sequences.len.max(1);
-                let each = out.axis_chunks_iter_mut(Axis(0), len).into_par_iter().enumerate();
-                each.try_for_each(|(i, out)| {
-                    let rows = Slice::from(i * len..i * len + out.nrows());
-                    let [q, k, v] = [&q, &k, &v].map(|all| all.slice_axis(Axis(0), rows));
-                    attend(heads, mask, self.scale, q, k, v, out)
-                })?;
-            }
+        let mask = |offset| match self.spec.causal {
+            true => Mask::Causal { offset, window: self.window },
+            false => Mask::All,
+        };
+        if let Some(store) = store {
+            let mask = mask(store.len());
+            store.append(k, v)?;
+            attend_stored(heads, mask, self.scale, q, store, out.view_mut())?;
+            return Ok(());
         }
-        Ok(out)
+        let len = sequences.len.max(1);
+        let each = out.axis_chunks_iter_mut(Axis(0), len).enumerate();
+        let mut each: Vec<_> = each.map(|(i, out)| (i, out, Ok(()))).collect();
+        pool::for_each(&mut each, |(i, out, result)| {
+            let rows = Slice::from(*i * len..*i * len + out.nrows());
+            let [q, k, v] = [&q, &k, &v].map(|all| all.slice_axis(Axis(0), rows));
+            *result = attend(heads, mask(0), self.scale, q, k, v, out.view_mut());
+        });
+        Ok(each.into_iter().try_for_each(|(_, _, result)| result)?)
     }
 
     /// Norm and rotation of the query and key heads.
@@ -288,44 +358,43 @@ impl Block {
         if self.qk_norm.is_none() && sequences.rope.is_none() {
             return;
         }
-        qkv.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(r, mut row)| {
-            let mut normed = vec![0.0; dim];
-            let row = row.as_slice_mut().expect("rows are contiguous");
-            let (q, kv) = row.split_at_mut(q_size);
-            for (which, heads) in [q, &mut kv[..kv_size]].into_iter().enumerate() {
-                for head in heads.chunks_exact_mut(dim) {
-                    if let Some(norms) = &self.qk_norm {
+        let heads = qkv.slice_axis_mut(Axis(1), Slice::from(..q_size + kv_size));
+        each_row_mut(heads, |r, row| {
+            let (q, k) = row.split_at_mut(q_size);
+            for (which, heads) in [q, k].into_iter().enumerate() {
+                if let Some(norms) = &self.qk_norm {
+                    let mut normed = vec![0.0; dim];
+                    for head in heads.chunks_exact_mut(dim) {
                         norms[which].row(head, &mut normed);
                         head.copy_from_slice(&normed);
                     }
-                    if let Some(rope) = &sequences.rope {
-                        let t = r % sequences.len;
-                        let (cos, sin) = (rope.cos.row(t), rope.sin.row(t));
-                        let (cos, sin) = (cos.to_slice().expect("a row"), sin.to_slice().expect("a row"));
-                        vec::rope(head, cos, sin).expect("an angle per pair");
-                    }
+                }
+                if let Some(rope) = &sequences.rope {
+                    let t = r % sequences.len;
+                    let (cos, sin) = (rope.cos.row(t), rope.sin.row(t));
+                    let (cos, sin) = (cos.to_slice().expect("a row"), sin.to_slice().expect("a row"));
+                    vec::rope(heads, cos, sin).expect("an angle per pair");
                 }
             }
         });
     }
 }
 
-/// `y`: `[t, gate | up]`, or without a gate `[t, intermediate]`, to `[t, intermediate]`.
-fn activated(spec: &ArchSpec, mut y: Array2<f32>) -> Array2<f32> {
+/// `y`: `[t, gate | up]`, or without a gate `[t, intermediate]`, to `out`: `[t, intermediate]`.
+fn activate(spec: &ArchSpec, y: ArrayView2<'_, f32>, out: &mut Array2<f32>) {
     let inner = spec.intermediate_size;
-    y.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
-        let row = row.as_slice_mut().expect("rows are contiguous");
-        let (first, up) = row.split_at_mut(inner);
+    each_row(y, out.view_mut(), |_, row, out| {
+        let (first, up) = row.split_at(inner);
+        out.copy_from_slice(first);
         match (spec.activation, spec.gated) {
-            (Activation::Silu, true) => return vec::silu_mul(first, up).expect("halves are equal"),
-            (Activation::Silu, false) => vec::silu(first),
-            (Activation::Gelu, _) => vec::gelu_erf(first),
-            (Activation::GeluTanh, _) => vec::gelu_tanh(first),
-            (Activation::Relu, _) => vec::relu(first),
+            (Activation::Silu, true) => return vec::silu_mul(out, up).expect("halves are equal"),
+            (Activation::Silu, false) => vec::silu(out),
+            (Activation::Gelu, _) => vec::gelu_erf(out),
+            (Activation::GeluTanh, _) => vec::gelu_tanh(out),
+            (Activation::Relu, _) => vec::relu(out),
         }
-        first.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up);
+        out.iter_mut().zip(up).for_each(|(gate, up)| *gate *= *up);
     });
-    if spec.gated { y.slice_axis(Axis(1), Slice::from(..inner)).to_owned() } else { y }
 }
 
 /// Reads the norm at `path`, whose weight must be `[size]`.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, Slice, concatenate};
 use quant_core::{WeightError, WeightSource};
+use quant_kernels::KvType;
 use serde_json::Value;
 
 use crate::arch::ArchSpec;
@@ -11,8 +12,9 @@ use crate::block::{Block, Sequences, load_norm};
 use crate::embedding::Embedding;
 use crate::error::{ConfigError, ModelError};
 use crate::kv::KvCache;
-use crate::linear::{DenseLinear, Linear, linear};
+use crate::linear::{Compute, Linear, forward_all, linear};
 use crate::norm::Norm;
+use crate::rows::Workspace;
 
 /// Positions of a text that run through the blocks together. Longer texts go through the cache in pieces, which
 /// bounds memory and changes no bit.
@@ -33,7 +35,7 @@ impl Head {
         let norm = load_norm(spec, &path, spec.hidden_size, spec.norm.kind, src)?;
         let tied = spec.tied_embeddings;
         let linear: Box<dyn Linear> = if tied {
-            Box::new(DenseLinear::new(embedding.tokens(), None))
+            embedding.tokens().linear()
         } else {
             let (module, expected) = (spec.names.head, (spec.vocab_size, spec.hidden_size));
             let found = src.linear_shape(module)?;
@@ -51,8 +53,15 @@ impl Head {
     }
 
     /// Logits of rows that left the last block. `x`: `[t, hidden]`, `out`: `[t, vocab]`.
-    pub fn logits(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        self.linear.forward(self.norm.forward(x).view(), out)
+    pub fn logits(
+        &self,
+        x: ArrayView2<'_, f32>,
+        compute: Compute,
+        out: ArrayViewMut2<'_, f32>,
+    ) -> Result<(), ModelError> {
+        let mut normed = Array2::zeros(x.dim());
+        self.norm.forward(x, &mut normed);
+        forward_all(&[&*self.linear], normed.view(), compute, vec![out], &mut Workspace::default())
     }
 }
 
@@ -62,6 +71,7 @@ pub struct Decoder {
     embedding: Embedding,
     blocks: Vec<Block>,
     head: Head,
+    compute: Compute,
 }
 
 /// Bytes of a model's weights in memory.
@@ -96,7 +106,19 @@ impl Decoder {
         let head = Head::load(&spec, &embedding, src)?;
         let blocks =
             (0..spec.layers).map(|layer| Block::load(&spec, layer, src)).collect::<Result<_, _>>()?;
-        Ok(Self { spec, embedding, blocks, head })
+        Ok(Self { spec, embedding, blocks, head, compute: Compute::Exact })
+    }
+
+    /// How products are computed: exactly, unless told otherwise, and where no layer has a fast product.
+    pub fn compute(&self) -> Compute {
+        let linears = self.blocks.iter().flat_map(Block::linears).chain([&*self.head.linear]);
+        let mut packed = linears.filter_map(Linear::packed);
+        if packed.any(|(matrix, _)| matrix.fast_input().is_some()) { self.compute } else { Compute::Exact }
+    }
+
+    /// Chooses how products with quantized weights are computed. Caches made before keep their type.
+    pub fn set_compute(&mut self, compute: Compute) {
+        self.compute = compute;
     }
 
     /// The architecture.
@@ -124,21 +146,26 @@ impl Decoder {
         }
     }
 
-    /// An empty cache for one text.
+    /// An empty cache for one text: exact in f32, fast in 16 bits.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::new(&self.spec, self.blocks.len())
+        let kind = match self.compute {
+            Compute::Exact => KvType::F32,
+            Compute::Fast => KvType::F16,
+        };
+        KvCache::new(&self.spec, self.blocks.len(), kind)
     }
 
     /// Runs `ids` after what the cache holds. Returns what leaves the last block, `[ids, hidden]`.
     pub fn forward(&self, ids: &[u32], cache: &mut KvCache) -> Result<Array2<f32>, ModelError> {
         let mut pieces = Vec::new();
+        let mut work = Workspace::default();
         let text_len = cache.len() + ids.len();
         for ids in ids.chunks(CHUNK) {
             let start = cache.len();
             let mut x = self.embedding.embed(ids, start)?;
-            let sequences = Sequences::within(&self.spec, start, ids.len(), text_len)?;
+            let sequences = Sequences::within(&self.spec, start, ids.len(), text_len)?.computed(self.compute);
             for (layer, block) in self.blocks.iter().enumerate() {
-                block.forward(&mut x, &sequences, Some(cache.layer_mut(layer)))?;
+                block.forward_in(&mut x, &sequences, Some(cache.layer_mut(layer)), &mut work)?;
             }
             cache.advance(ids.len());
             pieces.push(x);
@@ -160,9 +187,10 @@ impl Decoder {
         for (ids, mut rows) in ids.rows().into_iter().zip(x.axis_chunks_iter_mut(Axis(0), len.max(1))) {
             rows.assign(&self.embedding.embed(&ids.to_vec(), 0)?);
         }
-        let sequences = Sequences::new(&self.spec, 0, len)?;
+        let sequences = Sequences::new(&self.spec, 0, len)?.computed(self.compute);
+        let mut work = Workspace::default();
         for block in &self.blocks {
-            block.forward(&mut x, &sequences, None)?;
+            block.forward_in(&mut x, &sequences, None, &mut work)?;
         }
         Ok(x)
     }
@@ -171,13 +199,15 @@ impl Decoder {
     ///
     /// A caller who needs few of them at a time passes few rows at a time.
     pub fn project(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        self.head.logits(x, out)
+        self.head.logits(x, self.compute, out)
     }
 
     /// What the head sees of a whole text: what leaves the last block, normalised. `[ids, hidden]`.
     pub fn hidden_states(&self, ids: &[u32]) -> Result<Array2<f32>, ModelError> {
         let x = self.forward(ids, &mut self.new_cache())?;
-        Ok(self.head.norm.forward(x.view()))
+        let mut normed = Array2::zeros(x.dim());
+        self.head.norm.forward(x.view(), &mut normed);
+        Ok(normed)
     }
 
     /// Logits of a whole text, `[ids, vocab]`.

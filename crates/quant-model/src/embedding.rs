@@ -3,22 +3,83 @@
 use std::sync::Arc;
 
 use ndarray::Array2;
-use quant_core::{WeightError, WeightSource};
+use quant_core::{LinearWeights, WeightError, WeightSource};
+use quant_kernels::PackedMatrix;
 
 use crate::arch::{ArchSpec, NormPlace, PositionSpec};
 use crate::block::load_norm;
 use crate::error::ModelError;
-use crate::linear::DenseMatrix;
+use crate::linear::{DenseLinear, DenseMatrix, Linear, PackedLinear, pack};
 use crate::norm::Norm;
 
 /// Embedding of tokens, with what the architecture adds to it: token types, positions, a norm.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    tokens: Arc<DenseMatrix>,
+    hidden: usize,
+    tokens: Table,
     /// The vector of the first token type.
     token_type: Option<Vec<f32>>,
     positions: Option<DenseMatrix>,
     norm: Option<Norm>,
+}
+
+/// A vector per token, in floats or in codes.
+#[derive(Clone, Debug)]
+pub(crate) enum Table {
+    Dense(Arc<DenseMatrix>),
+    Packed(Arc<PackedMatrix>),
+}
+
+impl Table {
+    /// The table at `path`, `[rows, hidden]`.
+    fn load(path: &str, shape: (usize, usize), src: &dyn WeightSource) -> Result<Self, ModelError> {
+        let found = src.linear_shape(path)?;
+        if found != shape {
+            return Err(ModelError::Weight(WeightError::Shape {
+                name: format!("{path}.weight"),
+                expected: vec![shape.0, shape.1],
+                found: vec![found.0, found.1],
+                because: "vocab_size and hidden_size".to_owned(),
+            }));
+        }
+        Ok(match src.linear(path)? {
+            LinearWeights::Dense { weight, .. } => {
+                Table::Dense(Arc::new(DenseMatrix::new(&format!("{path}.weight"), &weight, false)?))
+            }
+            LinearWeights::Quantized(layer) => Table::Packed(Arc::new(pack(path, layer.weight)?)),
+        })
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Table::Dense(table) => table.dim().0,
+            Table::Packed(table) => table.shape().0,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Table::Dense(table) => table.bytes(),
+            Table::Packed(table) => table.bytes(),
+        }
+    }
+
+    /// Row `r`, `out`: `[hidden]`.
+    fn read_row(&self, r: usize, out: &mut [f32]) -> Result<(), ModelError> {
+        match self {
+            Table::Dense(table) => table.read_row(r, out),
+            Table::Packed(table) => table.dequantize_row(r, out)?,
+        }
+        Ok(())
+    }
+
+    /// The linear layer of a tied head, in the same memory.
+    pub(crate) fn linear(&self) -> Box<dyn Linear> {
+        match self {
+            Table::Dense(table) => Box::new(DenseLinear::new(table.clone(), None)),
+            Table::Packed(table) => Box::new(PackedLinear::shared(table.clone())),
+        }
+    }
 }
 
 impl Embedding {
@@ -60,14 +121,14 @@ impl Embedding {
             }
             NormPlace::Before => None,
         };
-        let because = "vocab_size and hidden_size";
-        let tokens = Arc::new(table(names.embedding, spec.vocab_size, because)?);
-        Ok(Self { tokens, token_type, positions, norm })
+        let path = spec.module_path(names.embedding, src);
+        let tokens = Table::load(&path, (spec.vocab_size, hidden), src)?;
+        Ok(Self { hidden, tokens, token_type, positions, norm })
     }
 
     /// Residual stream `[ids, hidden]` of tokens at the positions from `start` on.
     pub fn embed(&self, ids: &[u32], start: usize) -> Result<Array2<f32>, ModelError> {
-        let (vocab, hidden) = self.tokens.dim();
+        let (vocab, hidden) = (self.tokens.rows(), self.hidden);
         let mut x = Array2::zeros((ids.len(), hidden));
         let mut position = vec![0.0; hidden];
         let add = |row: &mut [f32], other: &[f32]| row.iter_mut().zip(other).for_each(|(x, o)| *x += o);
@@ -76,7 +137,7 @@ impl Embedding {
                 return Err(ModelError::Token { id, vocab });
             }
             let row = row.as_slice_mut().expect("rows are contiguous");
-            self.tokens.read_row(id as usize, row);
+            self.tokens.read_row(id as usize, row)?;
             if let Some(token_type) = &self.token_type {
                 add(row, token_type);
             }
@@ -90,14 +151,18 @@ impl Embedding {
             }
         }
         Ok(match &self.norm {
-            Some(norm) => norm.forward(x.view()),
+            Some(norm) => {
+                let mut normed = Array2::zeros(x.dim());
+                norm.forward(x.view(), &mut normed);
+                normed
+            }
             None => x,
         })
     }
 
-    /// The token table, to share it with a tied head.
-    pub(crate) fn tokens(&self) -> Arc<DenseMatrix> {
-        self.tokens.clone()
+    /// The token table.
+    pub(crate) fn tokens(&self) -> &Table {
+        &self.tokens
     }
 
     /// Bytes in memory.

@@ -4,11 +4,37 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, WeightError};
-use quant_kernels::{HalfView, PackError, PackedMatrix, matmul_nt, matmul_nt_half};
+use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
+use quant_kernels::{
+    ActScales, Activations, HalfView, PackError, PackedMatrix, matmul_all, matmul_nt, matmul_nt_half, vec,
+};
 
 use crate::act;
 use crate::error::ModelError;
+use crate::rows::{Workspace, each_row_mut};
+
+/// How products with quantized weights are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Compute {
+    /// In f32, with the bits of the dequantized weights.
+    #[default]
+    Exact,
+    /// In integers, with activations rounded to eight bits, where there is such a product; else as exact.
+    Fast,
+}
+
+impl Compute {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Compute::Exact => "exact",
+            Compute::Fast => "fast",
+        }
+    }
+}
+
+/// Activations that share a scale in fast products: those of a weight group, or of 128 columns where groups are longer.
+const SCALES: ActScales = ActScales::Group;
 
 /// A linear layer with weights `[out, in]`: `y = x · wᵀ + bias`.
 ///
@@ -20,8 +46,54 @@ pub trait Linear: Send + Sync {
     /// Bytes in memory.
     fn bytes(&self) -> usize;
 
-    /// `x`: `[t, in]`, `out`: `[t, out]` with contiguous rows.
+    /// The exact product. `x`: `[t, in]`, `out`: `[t, out]`, both with contiguous rows.
     fn forward(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError>;
+
+    /// The matrix and the bias of a layer that has a fast product.
+    fn packed(&self) -> Option<(&PackedMatrix, Option<&[f32]>)> {
+        None
+    }
+}
+
+/// All linears of a stage: `outs[i] = linears[i](x)`, with activations rounded once for all that ask for the same.
+pub(crate) fn forward_all(
+    linears: &[&dyn Linear],
+    x: ArrayView2<'_, f32>,
+    compute: Compute,
+    outs: Vec<ArrayViewMut2<'_, f32>>,
+    work: &mut Workspace,
+) -> Result<(), ModelError> {
+    // Which of the activations each fast product takes.
+    let mut used = 0;
+    let mut fast = Vec::with_capacity(linears.len());
+    for (linear, mut out) in linears.iter().zip(outs) {
+        let packed = if compute == Compute::Fast { linear.packed() } else { None };
+        let Some((matrix, bias, input)) =
+            packed.and_then(|(matrix, bias)| Some((matrix, bias, matrix.fast_input()?)))
+        else {
+            linear.forward(x, out.view_mut())?;
+            continue;
+        };
+        let known = work.activations[..used].iter().position(|made| made.is_for(input));
+        let at = match known {
+            Some(at) => at,
+            None => {
+                if work.activations.len() == used {
+                    work.activations.push(Activations::default());
+                }
+                work.activations[used].quantize(x, input, SCALES)?;
+                used += 1;
+                used - 1
+            }
+        };
+        fast.push((matrix, bias, at, out));
+    }
+    for (at, x) in work.activations[..used].iter().enumerate() {
+        let together = fast.iter_mut().filter(|product| product.2 == at);
+        matmul_all(x, together.map(|(matrix, _, _, out)| (*matrix, out.view_mut())).collect())?;
+    }
+    fast.into_iter().for_each(|(_, bias, _, out)| add_bias(bias, out));
+    Ok(())
 }
 
 /// A linear layer from the weights of a checkpoint. `module` appears in errors; with `conv1d` dense weights are
@@ -169,11 +241,11 @@ impl Linear for DenseLinear {
     }
 }
 
-/// A quantized linear layer, with the bits of its dequantized twin on the input that it sees: a layout may ask for
-/// rounded inputs.
+/// A quantized linear layer. The exact product has the bits of its dequantized twin on the input that it sees: a layout
+/// may ask for rounded inputs. The matrix may be shared: a tied head is the embedding.
 #[derive(Clone, Debug)]
 pub struct PackedLinear {
-    weight: PackedMatrix,
+    weight: Arc<PackedMatrix>,
     input: ActSpec,
     bias: Option<Vec<f32>>,
 }
@@ -186,13 +258,23 @@ impl PackedLinear {
             let reason = "it has a low-rank correction, which is not supported; merge it first";
             return Err(unsupported(reason.to_owned()));
         }
-        let weight = PackedMatrix::pack(layer.weight).map_err(|error| match error {
-            PackError::Matrix(source) => WeightError::Matrix { name: module.to_owned(), source }.into(),
-            other => unsupported(other.to_string()),
-        })?;
+        let weight = Arc::new(pack(module, layer.weight)?);
         let bias = read_bias(module, layer.bias.as_ref(), weight.shape().0)?;
         Ok(Self { weight, input: layer.input, bias })
     }
+
+    /// A layer without a bias that shares its matrix.
+    pub(crate) fn shared(weight: Arc<PackedMatrix>) -> Self {
+        Self { weight, input: ActSpec::Float, bias: None }
+    }
+}
+
+/// Packs the matrix of a module.
+pub(crate) fn pack(module: &str, matrix: QuantizedMatrix) -> Result<PackedMatrix, ModelError> {
+    PackedMatrix::pack(matrix).map_err(|error| match error {
+        PackError::Matrix(source) => WeightError::Matrix { name: module.to_owned(), source }.into(),
+        other => ModelError::Unsupported { module: module.to_owned(), reason: other.to_string() },
+    })
 }
 
 impl Linear for PackedLinear {
@@ -212,15 +294,18 @@ impl Linear for PackedLinear {
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }
+
+    fn packed(&self) -> Option<(&PackedMatrix, Option<&[f32]>)> {
+        // What a layout asks to be rounded is rounded as it says, not once more.
+        (self.input == ActSpec::Float).then(|| (&*self.weight, self.bias.as_deref()))
+    }
 }
 
 fn bias_bytes(bias: Option<&[f32]>) -> usize {
     bias.map_or(0, |bias| 4 * bias.len())
 }
 
-fn add_bias(bias: Option<&[f32]>, mut out: ArrayViewMut2<'_, f32>) {
+fn add_bias(bias: Option<&[f32]>, out: ArrayViewMut2<'_, f32>) {
     let Some(bias) = bias else { return };
-    for mut row in out.rows_mut() {
-        row.iter_mut().zip(bias).for_each(|(o, b)| *o += b);
-    }
+    each_row_mut(out, |_, row| vec::add(row, bias).expect("one bias per output"));
 }

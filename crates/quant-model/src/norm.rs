@@ -1,10 +1,10 @@
 //! Norms with their weights.
 
-use ndarray::{Array2, ArrayView2, Axis};
-use quant_kernels::vec::{layer_norm, rms_norm};
-use rayon::prelude::*;
+use ndarray::{Array2, ArrayView2};
+use quant_kernels::vec::{add, layer_norm, rms_norm};
 
 use crate::arch::NormKind;
+use crate::rows::{each_row, each_row_pair};
 
 /// Weights of a norm over rows of `n` features.
 #[derive(Clone, Debug)]
@@ -23,14 +23,17 @@ impl Norm {
         4 * (self.weight.len() + self.bias.as_ref().map_or(0, Vec::len))
     }
 
-    /// Normalises every row of `x`: `[t, n]`. Panics if the rows have another width.
-    pub(crate) fn forward(&self, x: ArrayView2<'_, f32>) -> Array2<f32> {
-        let mut out = Array2::zeros(x.dim());
-        let rows = x.axis_iter(Axis(0)).into_par_iter().zip(out.axis_iter_mut(Axis(0)));
-        rows.for_each(|(x, mut out)| {
-            self.row(x.as_slice().expect("contiguous rows"), out.as_slice_mut().expect("contiguous rows"));
+    /// Normalises every row of `x` into `out`, both `[t, n]`. Panics if the rows have another width.
+    pub(crate) fn forward(&self, x: ArrayView2<'_, f32>, out: &mut Array2<f32>) {
+        each_row(x, out.view_mut(), |_, x, out| self.row(x, out));
+    }
+
+    /// `x += y`, and then as [`Norm::forward`]; all `[t, n]`.
+    pub(crate) fn add_forward(&self, x: &mut Array2<f32>, y: ArrayView2<'_, f32>, out: &mut Array2<f32>) {
+        each_row_pair(y, x.view_mut(), out.view_mut(), |y, x, out| {
+            add(x, y).expect("rows are of one width");
+            self.row(x, out);
         });
-        out
     }
 
     /// Normalises one row. Panics if it has another width.

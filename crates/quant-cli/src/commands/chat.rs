@@ -58,7 +58,8 @@ impl Chat {
         if output.json && self.once.is_none() {
             return Err(Failure::Usage("--json needs --once: a conversation is no single result".to_owned()));
         }
-        let model = Model::open(&model_path(&self.model)?)?;
+        let mut model = Model::open(&model_path(&self.model)?)?;
+        model.set_compute(self.sampling.compute.into());
         let template = match &self.template {
             None => model.chat_template()?,
             Some(file) => {

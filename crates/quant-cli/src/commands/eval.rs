@@ -80,11 +80,11 @@ impl Eval {
             (None, Some(ids)) => Source::Ids(ids),
             (None, None) => return Err(Failure::Usage("give --text or --tokens".to_owned())),
         };
-        let model = Model::open(&model_path(&self.model)?)?;
+        let mut model = Model::open(&model_path(&self.model)?)?;
+        model.set_compute(self.compute.into());
         let reference =
             self.reference.as_ref().map(|name| Ok::<_, Failure>(Model::open(&model_path(name)?)?));
-        let report =
-            measure(&model, reference.transpose()?.as_ref(), &source, &self.windows, self.compute, output)?;
+        let report = measure(&model, reference.transpose()?.as_ref(), &source, &self.windows, output)?;
         output.result(&report, || report.table().to_string())
     }
 }
@@ -95,7 +95,6 @@ pub(crate) fn measure(
     reference: Option<&Model>,
     source: &Source<'_>,
     options: &WindowOptions,
-    compute: Compute,
     output: Output,
 ) -> Result<EvalReport, Failure> {
     let windows = options.windows(model, source)?;
@@ -112,7 +111,7 @@ pub(crate) fn measure(
         bytes: model.checkpoint().tensor_bytes(),
         bits_per_weight: quant::bits_per_weight(model.checkpoint())?,
         peak_rss_bytes: quant::peak_rss_bytes(),
-        compute: compute.used(),
+        compute: model.decoder().compute().name(),
     })
 }
 

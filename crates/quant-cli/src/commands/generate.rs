@@ -41,13 +41,15 @@ pub(crate) struct GenerateReport {
     generate_tokens_per_second: f64,
     weight_bytes: usize,
     peak_rss_bytes: u64,
+    compute: &'static str,
 }
 
 impl Generate {
     /// Runs the command.
     pub(crate) fn run(&self, output: Output) -> Result<(), Failure> {
         let options = self.sampling.options();
-        let model = Model::open(&model_path(&self.model)?)?;
+        let mut model = Model::open(&model_path(&self.model)?)?;
+        model.set_compute(self.sampling.compute.into());
         let mut written = Ok(());
         if !output.json {
             written = print(&escape(&self.prompt));
@@ -86,6 +88,7 @@ impl GenerateReport {
             generate_tokens_per_second: rate(later, generated.decode_seconds),
             weight_bytes: model.memory_footprint().total(),
             peak_rss_bytes: quant::peak_rss_bytes(),
+            compute: model.decoder().compute().name(),
         })
     }
 

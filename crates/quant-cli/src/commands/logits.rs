@@ -64,7 +64,8 @@ impl Logits {
         if quant::is_encoder(&path)? {
             return self.hidden_states(&EncoderModel::open(&path)?, output);
         }
-        let model = Model::open(&path)?;
+        let mut model = Model::open(&path)?;
+        model.set_compute(self.compute.into());
         let ids = match &self.prompt {
             None => self.ids.clone(),
             Some(prompt) => model.tokenizer()?.encode(prompt, true).map_err(quant::Error::from)?,
@@ -76,7 +77,7 @@ impl Logits {
             (0..vocab_size).reduce(better)
         });
         self.write("logits", &logits)?;
-        let report = Report { ids, tokens, vocab_size, next, compute: self.compute.used() };
+        let report = Report { ids, tokens, vocab_size, next, compute: model.decoder().compute().name() };
         output.result(&report, || {
             let mut table = Table::plain();
             table.pair("tokens", tokens);
@@ -98,7 +99,7 @@ impl Logits {
         let states = model.hidden_states(&ids)?;
         self.write("last_hidden_state", &states)?;
         let (tokens, hidden_size) = states.dim();
-        let report = EncoderReport { ids, tokens, hidden_size, compute: self.compute.used() };
+        let report = EncoderReport { ids, tokens, hidden_size, compute: quant::Compute::Exact.name() };
         output.result(&report, || {
             let mut table = Table::plain();
             table.pair("tokens", tokens);

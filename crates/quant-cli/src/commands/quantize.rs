@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::eval::{EvalReport, Source, WindowOptions, measure};
 use super::generate::GenerateReport;
 use super::options::QuantizeOptions;
-use super::{Compute, model_path, plan};
+use super::{model_path, plan};
 use crate::failure::Failure;
 use crate::output::{Output, Table};
 use crate::progress::reporter;
@@ -99,7 +99,7 @@ impl Quantize {
         let quantized = Model::open(out)?;
         let eval = |text: &PathBuf| {
             let (source, windows) = (Source::Text(text), WindowOptions::standard());
-            measure(&quantized, Some(&Model::open(model)?), &source, &windows, Compute::Exact, output)
+            measure(&quantized, Some(&Model::open(model)?), &source, &windows, output)
         };
         let eval = self.eval.as_ref().map(eval).transpose()?;
         let generate = |prompt: &String| {

@@ -3,6 +3,8 @@
 use clap::Args;
 use quant::{GenerateOptions, Sampling};
 
+use super::Compute;
+
 /// Options of generation.
 #[derive(Args)]
 pub(crate) struct SamplingOptions {
@@ -30,6 +32,9 @@ pub(crate) struct SamplingOptions {
     /// End before this text; may be given again
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// How products are computed
+    #[arg(long, value_enum, default_value = "fast")]
+    pub(crate) compute: Compute,
 }
 
 impl SamplingOptions {

@@ -136,9 +136,9 @@ impl Activations {
         self.tiles.last().map_or(0, |tile| tile.rows.end)
     }
 
-    /// What they were made for.
-    pub(super) fn input(&self) -> Option<&Input> {
-        self.input.as_ref()
+    /// Whether they were made for this input.
+    pub fn is_for(&self, input: &Input) -> bool {
+        self.input.as_ref() == Some(input)
     }
 
     pub(super) fn tiles(&self) -> &[Tile] {

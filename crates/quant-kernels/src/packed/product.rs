@@ -18,29 +18,34 @@ const ROWS_BUDGET: usize = 768 << 10;
 /// Multiplications below which a product stays on the calling thread.
 const SERIAL: usize = 1 << 18;
 
-/// `out = x · wᵀ`. Shapes, input and weights are checked by the caller.
-pub(super) fn multiply(panels: &Panels, weights: Weights, x: &Activations, out: ArrayViewMut2<'_, f32>) {
+/// `out = x · wᵀ` for several weights in one region. Shapes, inputs and weights are checked by the caller.
+pub(super) fn multiply(x: &Activations, products: Vec<(&Panels, Weights, ArrayViewMut2<'_, f32>)>) {
     let isa = isa::active();
-    let kernel = |height| table::select(isa, weights, height);
-    let kernels = HEIGHTS.map(kernel);
-    let starts = x.starts(panels.format.midpoint, kernels[0].center);
-    let product = Product { panels, x, starts: &starts, kernels };
-
-    let work = x.rows().saturating_mul(panels.rows).saturating_mul(panels.cols);
-    let threads = if work <= SERIAL { 1 } else { pool::threads() };
-    let mut tasks = product.cut(threads, out);
-    if threads == 1 {
-        tasks.iter_mut().for_each(|task| simd::run(isa, task));
-    } else {
-        pool::for_each(&mut tasks, |task| simd::run(isa, task));
+    let (mut list, mut outs, mut work) = (Vec::with_capacity(products.len()), Vec::new(), 0usize);
+    for (panels, weights, out) in products {
+        let kernels = HEIGHTS.map(|height| table::select(isa, weights, height));
+        let starts = x.starts(panels.format.midpoint, kernels[0].center);
+        list.push(Product { panels, x, starts, kernels });
+        outs.push(out);
+        work = work.saturating_add(x.rows().saturating_mul(panels.rows).saturating_mul(panels.cols));
     }
+    // Each thread gets its part of every product.
+    let threads = if work <= SERIAL { 1 } else { pool::threads() };
+    let mut tasks = Vec::new();
+    for thread in 0..threads {
+        for (product, out) in list.iter().zip(&mut outs) {
+            product.cut(thread, threads, out, &mut tasks);
+        }
+    }
+    let run = |task: &mut Task<'_>| simd::run(isa, task);
+    if threads == 1 { tasks.iter_mut().for_each(run) } else { pool::for_each(&mut tasks, run) }
 }
 
 struct Product<'a> {
     panels: &'a Panels,
     x: &'a Activations,
     /// See [`Activations::starts`].
-    starts: &'a [i32],
+    starts: Vec<i32>,
     /// One for each of [`HEIGHTS`].
     kernels: [&'static Kernel; HEIGHTS.len()],
 }
@@ -54,30 +59,32 @@ struct Task<'a> {
 }
 
 impl Product<'_> {
-    /// Blocks of rows that stay in cache, times as many ranges of panels as there are threads.
-    fn cut<'a>(&'a self, threads: usize, out: ArrayViewMut2<'a, f32>) -> Vec<Task<'a>> {
+    /// The panels of one thread, times blocks of rows that stay in cache. `right` is what is left of the output.
+    fn cut<'a>(
+        &'a self,
+        thread: usize,
+        threads: usize,
+        right: &mut ArrayViewMut2<'a, f32>,
+        tasks: &mut Vec<Task<'a>>,
+    ) {
         let tiles = self.x.tiles();
         let tile_bytes = HEIGHTS[HEIGHTS.len() - 1] * self.panels.blocks.padded();
         let together = (ROWS_BUDGET / tile_bytes.max(1)).max(1);
-        let count = self.panels.count();
-        let wide = count.div_ceil(threads).next_multiple_of(MOST_PANELS).max(MOST_PANELS);
-
-        let mut tasks = Vec::new();
-        let mut right = out;
-        for first in (0..count).step_by(wide) {
-            let panels = first..count.min(first + wide);
-            let outputs = (panels.len() * OUTPUTS).min(right.ncols());
-            let (mut below, rest) = right.split_at(Axis(1), outputs);
-            right = rest;
-            for first in (0..tiles.len()).step_by(together) {
-                let here = first..tiles.len().min(first + together);
-                let rows = tiles[here.clone()].iter().map(|tile| tile.rows.len()).sum();
-                let (out, rest) = below.split_at(Axis(0), rows);
-                below = rest;
-                tasks.push(Task { product: self, tiles: here, panels: panels.clone(), out });
-            }
+        let panels = pool::part(self.panels.count(), MOST_PANELS, thread, threads);
+        if panels.is_empty() {
+            return;
         }
-        tasks
+        let outputs = (panels.len() * OUTPUTS).min(right.ncols());
+        let empty = ArrayViewMut2::from_shape((0, 0), &mut []).expect("nothing");
+        let (mut below, rest) = std::mem::replace(right, empty).split_at(Axis(1), outputs);
+        *right = rest;
+        for first in (0..tiles.len()).step_by(together) {
+            let here = first..tiles.len().min(first + together);
+            let rows = tiles[here.clone()].iter().map(|tile| tile.rows.len()).sum();
+            let (out, rest) = below.split_at(Axis(0), rows);
+            below = rest;
+            tasks.push(Task { product: self, tiles: here, panels: panels.clone(), out });
+        }
     }
 
     fn kernel(&self, tile: &Tile) -> &'static Kernel {
@@ -108,7 +115,7 @@ impl Task<'_> {
     /// Tiles of one kernel times some panels.
     #[inline(always)]
     fn multiply(&mut self, tiles: Range<usize>, panels: Range<usize>) {
-        let Product { panels: weights, x, starts, .. } = *self.product;
+        let Product { panels: weights, x, starts, .. } = self.product;
         let Some(tile) = x.tiles()[self.tiles.clone()].get(tiles.start) else { return };
         let kernel = self.product.kernel(tile);
         let mut sums = [0.0; HEIGHTS[HEIGHTS.len() - 1] * MOST_PANELS * OUTPUTS];
@@ -139,7 +146,7 @@ impl Task<'_> {
     /// Writes the sums of a row for outputs from panel `first` on.
     #[inline(always)]
     fn store(&mut self, row: usize, first: usize, sums: &mut [f32]) {
-        let Product { panels: weights, x, .. } = *self.product;
+        let Product { panels: weights, x, .. } = self.product;
         let output = first * OUTPUTS;
         let outputs = sums.len().min(weights.rows - output);
         let sums = &mut sums[..outputs];

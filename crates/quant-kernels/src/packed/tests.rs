@@ -247,6 +247,41 @@ fn many_rows_over_views_have_the_bits_of_each_row_alone() {
 }
 
 #[test]
+fn several_products_at_once_are_those_one_by_one() {
+    let (cols, m) = (96, 13);
+    // Of very different sizes, so that threads get unequal parts.
+    let matrices: Vec<_> = [200usize, 16, 7]
+        .iter()
+        .map(|&rows| {
+            let groups = Groups::Row { len: 32 };
+            let n = groups.count(rows, cols);
+            let matrix = QuantizedMatrix::affine(
+                codes(4, rows, cols),
+                groups,
+                Params::F32(scales(n)),
+                Offset::None,
+                8,
+            );
+            PackedMatrix::pack(matrix).unwrap()
+        })
+        .collect();
+    for m in [1, m] {
+        let x = Array::from_shape_fn((m, cols), |(i, k)| ((i * 7 + k * 13) % 29) as f32 - 14.0);
+        let activations =
+            Activations::new(x.view(), matrices[0].fast_input().unwrap(), ActScales::Group).unwrap();
+        let outs =
+            |value| matrices.iter().map(|w| Array2::from_elem((m, w.shape().0), value)).collect::<Vec<_>>();
+        let (mut all, mut each) = (outs(f32::NAN), outs(0.0));
+        matmul_all(&activations, matrices.iter().zip(all.iter_mut().map(|out| out.view_mut())).collect())
+            .unwrap();
+        for (matrix, out) in matrices.iter().zip(&mut each) {
+            matrix.matmul_with(&activations, out.view_mut()).unwrap();
+        }
+        assert!(all.iter().zip(&each).all(|(a, b)| same_bits(a, b)));
+    }
+}
+
+#[test]
 fn a_row_that_is_not_finite_is_nan_and_disturbs_no_other() {
     let (rows, cols) = (20, 64);
     let matrix = QuantizedMatrix::affine(

@@ -158,16 +158,17 @@ impl Operation for Axpy<'_> {
     }
 }
 
-/// Rotates the pairs `(x[i], x[i + d/2])` of a head `[d]` by the angles of its position; `cos`, `sin`: `[d/2]`.
-pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) -> Result<(), ShapeError> {
-    check_length("head", 2 * cos.len(), head.len())?;
+/// Rotates the pairs `(x[i], x[i + d/2])` of heads `[heads, d]` by the angles of their position; `cos`, `sin`: `[d/2]`.
+pub fn rope(heads: &mut [f32], cos: &[f32], sin: &[f32]) -> Result<(), ShapeError> {
+    let dim = 2 * cos.len();
     check_length("sin", cos.len(), sin.len())?;
-    apply(Rope { head, cos, sin });
+    check_length("heads", heads.len() / dim.max(1) * dim, heads.len())?;
+    apply(Rope { heads, cos, sin });
     Ok(())
 }
 
 struct Rope<'a> {
-    head: &'a mut [f32],
+    heads: &'a mut [f32],
     cos: &'a [f32],
     sin: &'a [f32],
 }
@@ -177,10 +178,12 @@ impl Operation for Rope<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let (low, high) = self.head.split_at_mut(self.cos.len());
-        for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin) {
-            // Rounded step by step, as the reference implementations do.
-            (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+        for head in self.heads.chunks_exact_mut((2 * self.cos.len()).max(1)) {
+            let (low, high) = head.split_at_mut(self.cos.len());
+            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin) {
+                // Rounded step by step, as the reference implementations do.
+                (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+            }
         }
     }
 }

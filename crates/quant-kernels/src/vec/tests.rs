@@ -203,7 +203,7 @@ fn lengths_are_checked() {
     assert_eq!(dot(&[0.0; 3], &[0.0; 2]).map(|_| ()), error("y", 3, 2));
     assert_eq!(rms_norm(&[0.0; 3], &[0.0; 2], 1e-5, &mut three), error("weight", 3, 2));
     assert_eq!(layer_norm(&[0.0; 3], &[0.0; 3], Some(&[]), 1e-5, &mut three), error("bias", 3, 0));
-    assert_eq!(rope(&mut three, &[0.0; 1], &[0.0; 1]), error("head", 2, 3));
+    assert_eq!(rope(&mut three, &[0.0; 1], &[0.0; 1]), error("heads", 2, 3));
 }
 
 proptest! {

@@ -1,6 +1,7 @@
 //! Tests against reference files and hostile ones.
 
 mod arch;
+mod fast;
 mod generate;
 mod golden;
 mod malformed;
