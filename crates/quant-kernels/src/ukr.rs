@@ -137,7 +137,9 @@ pub(crate) struct Call<'a> {
     pub(crate) format: &'a Format,
     /// As many panels as the kernel takes, of [`Format::panel_bytes`] each. The same one may appear twice.
     pub(crate) panels: &'a [&'a [u8]],
-    /// As many rows as the kernel takes.
+    /// Rows of the tile.
+    pub(crate) height: usize,
+    /// As many rows of activations.
     pub(crate) rows: Rows<'a>,
     /// `[height, 16 * panels]`, overwritten.
     pub(crate) out: &'a mut [f32],
@@ -146,7 +148,8 @@ pub(crate) struct Call<'a> {
 impl Call<'_> {
     /// Panics unless all lengths fit `kernel`, so that kernels need not look at them again.
     fn check(&self, kernel: &Kernel) {
-        let (height, blocks) = (kernel.height, self.blocks.list().len());
+        let (height, blocks) = (self.height, self.blocks.list().len());
+        assert_eq!(height, kernel.height);
         assert_eq!(
             (self.format.width, self.format.table.is_some()),
             (kernel.weights.width, kernel.weights.table)

@@ -133,6 +133,7 @@ impl Task<'_> {
                     blocks: &weights.blocks,
                     format: &weights.format,
                     panels: &streams[..kernel.panels],
+                    height: kernel.height,
                     rows: x.tile(index, starts),
                     out: sums,
                 });

@@ -5,27 +5,23 @@ use crate::isa::Isa;
 use crate::packed::planes::{self, OUTPUTS};
 
 /// Kernels for any processor.
-pub(super) const KERNELS: [Kernel; 9 * HEIGHTS.len()] = super::table::kernels!(Isa::Scalar, "scalar", 0, panel, [
-    (1, 1; 1, 1), (2, 1; 2, 1), (4, 1; 4, 1), (8, 1; 8, 1), (12, 1; 12, 1)
-]);
+pub(super) const KERNELS: [Kernel; 9 * HEIGHTS.len()] = super::table::kernels!(
+    Isa::Scalar, "scalar", 0, panel,
+    [(1, 1; 1, 1), (2, 1; 1, 1), (4, 1; 1, 1), (8, 1; 1, 1), (12, 1; 1, 1)],
+    [(1, 1; 1, 1), (2, 1; 1, 1), (4, 1; 1, 1), (8, 1; 1, 1), (12, 1; 1, 1)]
+);
 
 /// The entry of the table: one panel.
-fn panel<
-    const WIDTH: usize,
-    const TABLE: bool,
-    const HEIGHT: usize,
-    const PANELS: usize,
-    const ROWS: usize,
-    const COLS: usize,
->(
+fn panel<const WIDTH: usize, const TABLE: bool, const PANELS: usize, const ROWS: usize, const COLS: usize>(
     call: &mut Call<'_>,
 ) {
-    rows::<WIDTH>(call, HEIGHT);
+    rows::<WIDTH>(call);
 }
 
-/// `height` rows times one panel.
-fn rows<const WIDTH: usize>(call: &mut Call<'_>, height: usize) {
-    let Call { blocks, format, panels, rows, out } = call;
+/// Any number of rows times one panel.
+fn rows<const WIDTH: usize>(call: &mut Call<'_>) {
+    let height = call.height;
+    let Call { blocks, format, panels, rows, out, .. } = call;
     let (mut header, mut rest) = (&[][..], panels[0]);
     let mut codes = rows.codes;
     out.fill(0.0);

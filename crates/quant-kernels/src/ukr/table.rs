@@ -44,31 +44,43 @@ pub(crate) fn select(isa: Isa, weights: Weights, height: usize) -> &'static Kern
         .expect("scalar kernels exist for all weights and heights")
 }
 
-/// The list of an instruction set: `function::<WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>` for all weights and the
-/// tiles given as `(height, panels; rows, cols)`, where rows and cols are the part of a tile that the function keeps
-/// in registers; `wide` is the center of codes of 8 bits and of tables.
+/// The list of an instruction set: `function::<WIDTH, TABLE, PANELS, ROWS, COLS>` for all weights and the tiles given
+/// as `(height, panels; rows, cols)`, where rows and cols are the part of a tile that the function keeps in
+/// registers. The second list of tiles is for widths that are rare, so that they share code; `wide` is the center
+/// of codes of 8 bits and of tables.
 macro_rules! kernels {
-    ($isa:expr, $name:literal, $wide:expr, $function:ident, [$(($height:literal, $panels:tt; $rows:literal, $cols:literal)),+ $(,)?]) => {{
+    ($isa:expr, $name:literal, $wide:expr, $function:ident,
+     [$(($height:literal, $panels:tt; $rows:literal, $cols:literal)),+ $(,)?],
+     [$(($rare_height:literal, $rare_panels:tt; $rare_rows:literal, $rare_cols:literal)),+ $(,)?]) => {{
         use $crate::ukr::table::kernel;
-        const LISTS: &[&[$crate::ukr::Kernel; 9]] = &[$(&[
-            kernel!($isa, $name, 0, $function, "u1", 1, false, $height, $panels, $rows, $cols),
+        const USUAL: &[[$crate::ukr::Kernel; 5]] = &[$([
             kernel!($isa, $name, 0, $function, "u2", 2, false, $height, $panels, $rows, $cols),
             kernel!($isa, $name, 0, $function, "u3", 3, false, $height, $panels, $rows, $cols),
             kernel!($isa, $name, 0, $function, "u4", 4, false, $height, $panels, $rows, $cols),
-            kernel!($isa, $name, 0, $function, "u5", 5, false, $height, $panels, $rows, $cols),
-            kernel!($isa, $name, 0, $function, "u6", 6, false, $height, $panels, $rows, $cols),
-            kernel!($isa, $name, 0, $function, "u7", 7, false, $height, $panels, $rows, $cols),
             kernel!($isa, $name, $wide, $function, "u8", 8, false, $height, $panels, $rows, $cols),
             kernel!($isa, $name, $wide, $function, "t4", 4, true, $height, $panels, $rows, $cols),
         ]),+];
-        let mut all = [LISTS[0][0]; 9 * LISTS.len()];
-        let mut i = 0;
-        while i < all.len() {
-            all[i] = LISTS[i / 9][i % 9];
-            i += 1;
-        }
-        all
+        const RARE: &[[$crate::ukr::Kernel; 4]] = &[$([
+            kernel!($isa, $name, 0, $function, "u1", 1, false, $rare_height, $rare_panels, $rare_rows, $rare_cols),
+            kernel!($isa, $name, 0, $function, "u5", 5, false, $rare_height, $rare_panels, $rare_rows, $rare_cols),
+            kernel!($isa, $name, 0, $function, "u6", 6, false, $rare_height, $rare_panels, $rare_rows, $rare_cols),
+            kernel!($isa, $name, 0, $function, "u7", 7, false, $rare_height, $rare_panels, $rare_rows, $rare_cols),
+        ]),+];
+        $crate::ukr::table::joined(USUAL, RARE)
     }};
+}
+
+/// Two lists one after the other.
+pub(super) const fn joined<const N: usize>(usual: &[[Kernel; 5]], rare: &[[Kernel; 4]]) -> [Kernel; N] {
+    let (usual, rare) = (usual.as_flattened(), rare.as_flattened());
+    assert!(usual.len() + rare.len() == N);
+    let mut all = [usual[0]; N];
+    let mut i = 0;
+    while i < N {
+        all[i] = if i < usual.len() { usual[i] } else { rare[i - usual.len()] };
+        i += 1;
+    }
+    all
 }
 
 /// One entry of [`kernels`].
@@ -91,7 +103,7 @@ macro_rules! kernel {
             height: $height,
             panels: $panels,
             center: $center,
-            function: $function::<$width, $table, $height, $panels, $rows, $cols>,
+            function: $function::<$width, $table, $panels, $rows, $cols>,
         }
     };
 }

@@ -129,7 +129,7 @@ fn check(kernel: &Kernel, case: &Case) {
         let start = starts(kernel.center);
         let mut out = vec![f32::NAN; height * OUTPUTS * panels.len()];
         let rows = Rows { codes: &codes, start: &start, scale: &ascale, sum: &scaled };
-        kernel.run(Call { blocks: &blocks, format: &format, panels, rows, out: &mut out });
+        kernel.run(Call { blocks: &blocks, format: &format, panels, height, rows, out: &mut out });
         out
     };
     let streams: Vec<&[u8]> = panels.iter().map(|panel| &panel[..]).collect();

@@ -9,25 +9,31 @@ use crate::ukr::tile::{Vector, tile};
 use crate::ukr::{Call, HEIGHTS, Kernel, table};
 
 /// Kernels with the 256-bit `vpdpbusd` of AVX-VNNI: at most 12 sums in 16 registers.
-pub(in crate::ukr) const AVX_VNNI: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::AvxVnni, "avxvnni", 0, with_vnni, [
-    (1, 2; 1, 4), (2, 2; 2, 4), (4, 1; 4, 2), (8, 1; 4, 2), (12, 1; 6, 2)
-]);
+pub(in crate::ukr) const AVX_VNNI: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(
+    Isa::AvxVnni, "avxvnni", 0, with_vnni,
+    [(1, 2; 1, 4), (2, 1; 2, 2), (4, 1; 4, 2), (8, 1; 4, 2), (12, 1; 6, 2)],
+    [(1, 1; 1, 2), (2, 1; 1, 2), (4, 1; 4, 2), (8, 1; 4, 2), (12, 1; 4, 2)]
+);
 
 /// Kernels with `vpmaddubsw`.
-pub(in crate::ukr) const AVX2: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx2, "avx2", 128, without_vnni, [
-    (1, 2; 1, 4), (2, 2; 2, 2), (4, 1; 4, 1), (8, 1; 8, 1), (12, 1; 6, 1)
-]);
+pub(in crate::ukr) const AVX2: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(
+    Isa::Avx2, "avx2", 128, without_vnni,
+    [(1, 2; 1, 4), (2, 1; 2, 2), (4, 1; 4, 1), (8, 1; 4, 1), (12, 1; 6, 1)],
+    [(1, 1; 1, 2), (2, 1; 1, 2), (4, 1; 4, 1), (8, 1; 4, 1), (12, 1; 4, 1)]
+);
 
 /// The kernels of [`AVX_VNNI`] with the 256-bit form of AVX-512, so that their code is tested on more machines.
 #[cfg(test)]
-pub(in crate::ukr) const AVX512_VNNI_YMM: [Kernel; 9 * 2] =
-    table::kernels!(Isa::Avx512Vnni, "avx512vnni_ymm", 0, with_vnni_of_512, [(2, 2; 2, 4), (12, 1; 6, 2)]);
+pub(in crate::ukr) const AVX512_VNNI_YMM: [Kernel; 9 * 2] = table::kernels!(
+    Isa::Avx512Vnni, "avx512vnni_ymm", 0, with_vnni_of_512,
+    [(2, 1; 2, 2), (12, 1; 6, 2)],
+    [(2, 1; 1, 2), (12, 1; 4, 2)]
+);
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 fn with_vnni<
     const WIDTH: usize,
     const TABLE: bool,
-    const HEIGHT: usize,
     const PANELS: usize,
     const ROWS: usize,
     const COLS: usize,
@@ -35,7 +41,7 @@ fn with_vnni<
     call: &mut Call<'_>,
 ) {
     // SAFETY: this function has the features of the vector; `Kernel::run` has checked the call.
-    unsafe { tile::<Ymm<AVX>, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call) }
+    unsafe { tile::<Ymm<AVX>, WIDTH, TABLE, PANELS, ROWS, COLS>(call) }
 }
 
 #[cfg(test)]
@@ -43,7 +49,6 @@ fn with_vnni<
 fn with_vnni_of_512<
     const WIDTH: usize,
     const TABLE: bool,
-    const HEIGHT: usize,
     const PANELS: usize,
     const ROWS: usize,
     const COLS: usize,
@@ -51,14 +56,13 @@ fn with_vnni_of_512<
     call: &mut Call<'_>,
 ) {
     // SAFETY: this function has the features of the vector; `Kernel::run` has checked the call.
-    unsafe { tile::<Ymm<AVX512>, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call) }
+    unsafe { tile::<Ymm<AVX512>, WIDTH, TABLE, PANELS, ROWS, COLS>(call) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn without_vnni<
     const WIDTH: usize,
     const TABLE: bool,
-    const HEIGHT: usize,
     const PANELS: usize,
     const ROWS: usize,
     const COLS: usize,
@@ -66,7 +70,7 @@ fn without_vnni<
     call: &mut Call<'_>,
 ) {
     // SAFETY: this function has the features of the vector; `Kernel::run` has checked the call.
-    unsafe { tile::<Ymm<NONE>, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call) }
+    unsafe { tile::<Ymm<NONE>, WIDTH, TABLE, PANELS, ROWS, COLS>(call) }
 }
 
 /// No `vpdpbusd`.

@@ -9,20 +9,23 @@ use crate::ukr::tile::{Vector, tile};
 use crate::ukr::{Call, HEIGHTS, Kernel, table};
 
 /// Kernels with `vpdpbusd`. A tile of 12 rows and 2 panels has 24 sums in 32 registers.
-pub(in crate::ukr) const AVX512_VNNI: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx512Vnni, "avx512vnni", 0, with_vnni, [
-    (1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 2; 8, 2), (12, 2; 12, 2)
-]);
+pub(in crate::ukr) const AVX512_VNNI: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(
+    Isa::Avx512Vnni, "avx512vnni", 0, with_vnni,
+    [(1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 2; 8, 2), (12, 2; 12, 2)],
+    [(1, 2; 1, 2), (2, 2; 1, 2), (4, 2; 4, 2), (8, 2; 4, 2), (12, 2; 4, 2)]
+);
 
 /// Kernels without `vpdpbusd`.
-pub(in crate::ukr) const AVX512: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(Isa::Avx512, "avx512", 128, without_vnni, [
-    (1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 1; 8, 1), (12, 1; 12, 1)
-]);
+pub(in crate::ukr) const AVX512: [Kernel; 9 * HEIGHTS.len()] = table::kernels!(
+    Isa::Avx512, "avx512", 128, without_vnni,
+    [(1, 2; 1, 2), (2, 2; 2, 2), (4, 2; 4, 2), (8, 1; 4, 1), (12, 1; 12, 1)],
+    [(1, 2; 1, 2), (2, 2; 1, 2), (4, 2; 4, 2), (8, 2; 4, 2), (12, 2; 4, 2)]
+);
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 fn with_vnni<
     const WIDTH: usize,
     const TABLE: bool,
-    const HEIGHT: usize,
     const PANELS: usize,
     const ROWS: usize,
     const COLS: usize,
@@ -30,14 +33,13 @@ fn with_vnni<
     call: &mut Call<'_>,
 ) {
     // SAFETY: this function has the features of the vector; `Kernel::run` has checked the call.
-    unsafe { tile::<Zmm<true>, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call) }
+    unsafe { tile::<Zmm<true>, WIDTH, TABLE, PANELS, ROWS, COLS>(call) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 fn without_vnni<
     const WIDTH: usize,
     const TABLE: bool,
-    const HEIGHT: usize,
     const PANELS: usize,
     const ROWS: usize,
     const COLS: usize,
@@ -45,7 +47,7 @@ fn without_vnni<
     call: &mut Call<'_>,
 ) {
     // SAFETY: this function has the features of the vector; `Kernel::run` has checked the call.
-    unsafe { tile::<Zmm<false>, WIDTH, TABLE, HEIGHT, PANELS, ROWS, COLS>(call) }
+    unsafe { tile::<Zmm<false>, WIDTH, TABLE, PANELS, ROWS, COLS>(call) }
 }
 
 /// Sixteen words, with or without `vpdpbusd`.
