@@ -1,7 +1,9 @@
 //! What the user asks for.
 
 use quant_core::{GroupSize, QuantSpec, SpecError};
-use quant_formats::{FormatError, Layout, PlannedLayer, PlannedTensor, layouts};
+use quant_formats::{
+    Container, FormatError, GgmlType, Layout, PlannedLayer, PlannedTensor, gguf_layout, layouts,
+};
 use quant_methods::{MethodOptions, Quantizer};
 use regex::Regex;
 
@@ -67,14 +69,14 @@ pub struct QuantizeConfig {
 }
 
 impl QuantizeConfig {
-    /// The defaults of a method: 4 bits, groups of 128, 128 samples of 512 tokens of the built-in text.
+    /// The defaults of a method: its bits and groups, 128 samples of 512 tokens of the built-in text.
     /// An unknown name is answered with the known ones.
     pub fn new(method: &str) -> Result<Self, Error> {
-        quant_methods::quantizer(method, &MethodOptions::default())?;
+        let spec = quant_methods::quantizer(method, &MethodOptions::default())?.default_spec();
         Ok(Self {
             method: method.to_owned(),
-            bits: 4,
-            group: GroupSize::Columns(128),
+            bits: spec.bits,
+            group: spec.group,
             symmetric: None,
             options: MethodOptions::default(),
             layout: None,
@@ -111,9 +113,15 @@ impl QuantizeConfig {
         if let Some(id) = &self.layout {
             return Ok(quant_formats::layout(id)?);
         }
+        // The types of GGUF are methods, too.
+        if let Some(layout) = GgmlType::from_name(&self.method).and_then(gguf_layout) {
+            return Ok(layout);
+        }
         let spec = self.spec()?;
         let layer = PlannedLayer::new("", &spec, FRIENDLY, FRIENDLY);
-        let fits = |layout: &&&'static dyn Layout| layout.can_store(&layer).is_ok();
+        let fits = |layout: &&&'static dyn Layout| {
+            layout.container() == Container::Directory && layout.can_store(&layer).is_ok()
+        };
         Ok(layouts().iter().find(fits).copied().unwrap_or(layouts()[0]))
     }
 

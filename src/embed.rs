@@ -188,6 +188,16 @@ struct Modules {
 impl Modules {
     fn read(checkpoint: &Checkpoint) -> Result<Self, Error> {
         let mut found = Self::default();
+        if let Some(metadata) = checkpoint.gguf_metadata() {
+            let arch = metadata.text("general.architecture")?.unwrap_or_default();
+            found.pooling = match metadata.number(&format!("{arch}.pooling_type"))? {
+                Some(1) => Some(Ok(Pooling::Mean)),
+                Some(2) => Some(Ok(Pooling::Cls)),
+                Some(3) => Some(Ok(Pooling::Last)),
+                _ => None,
+            };
+            return Ok(found);
+        }
         let Some(list) = checkpoint.json_file("modules.json")? else { return Ok(found) };
         for module in list.as_array().into_iter().flatten() {
             let kind = module["type"].as_str().unwrap_or_default();

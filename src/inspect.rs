@@ -155,11 +155,14 @@ pub fn inspect(model: &Path) -> Result<Inspection, Error> {
         bytes: file.file_len(),
         tensors: file.names().len(),
     });
-    let tensors = checkpoint.tensor_infos().map(|(name, info)| Tensor {
-        name: display_name(name).to_string(),
-        dtype: info.dtype.name(),
-        shape: info.shape.clone(),
-        bytes: info.byte_len(),
+    let tensors = checkpoint.tensor_infos().map(|(name, info)| {
+        // Blocks are shown as the file has them, not as bytes.
+        let stored = checkpoint.file_of(name).and_then(|file| file.gguf()?.stored(name));
+        let (name, dtype, shape) = match stored {
+            Some(tensor) => (tensor.name.as_str(), tensor.ty.name(), &tensor.shape),
+            None => (name, info.dtype.name(), &info.shape),
+        };
+        Tensor { name: display_name(name).to_string(), dtype, shape: shape.clone(), bytes: info.byte_len() }
     });
     Ok(Inspection {
         path: display_path(model),

@@ -128,5 +128,11 @@ impl Model {
 
 /// The tokenizer of a checkpoint.
 pub(crate) fn read_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, Error> {
-    Ok(Tokenizer::from_file(&checkpoint.path().join("tokenizer.json"))?)
+    let json = match checkpoint.gguf_metadata() {
+        None => return Ok(Tokenizer::from_file(&checkpoint.path().join("tokenizer.json"))?),
+        Some(_) => checkpoint.tokenizer()?,
+    };
+    // A file without vocabulary gives `null`, which the tokenizer refuses.
+    let text = json.unwrap_or_default().to_string();
+    Ok(Tokenizer::from_bytes(text.as_bytes())?)
 }

@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use quant_formats::{Checkpoint, Finding, Severity, display_path};
-use quant_model::{ArchSpec, Block, Embedding, Head, Tokenizer};
+use quant_model::{ArchSpec, Block, Embedding, Head};
 use serde::Serialize;
 
 use crate::error::Error;
 use crate::hash::sha256_of;
+use crate::model::read_tokenizer;
 
 /// What [`verify`] found.
 #[derive(Clone, Debug, Serialize)]
@@ -62,17 +63,20 @@ fn check_structure(checkpoint: &Checkpoint) -> Result<ArchSpec, Error> {
 
 /// A tokenizer is optional, a broken one is an error.
 fn check_tokenizer(checkpoint: &Checkpoint, arch: Option<&ArchSpec>) -> Option<Finding> {
-    let file = checkpoint.path().join("tokenizer.json");
-    if !file.exists() {
+    let absent = match checkpoint.gguf_metadata() {
+        None => !checkpoint.path().join("tokenizer.json").exists(),
+        Some(_) => matches!(checkpoint.tokenizer(), Ok(None)),
+    };
+    if absent {
         return None;
     }
     let remedy = "download the tokenizer again";
-    match Tokenizer::from_file(&file) {
+    match read_tokenizer(checkpoint) {
         Err(error) => Some(finding(Severity::Error, "tokenizer", error.to_string(), remedy)),
         Ok(tokenizer) => {
             let (tokens, rows) = (tokenizer.vocab_size(), arch?.vocab_size);
             let message =
-                || format!("tokenizer.json has {tokens} tokens, the embedding has {rows} rows (vocab_size)");
+                || format!("the tokenizer has {tokens} tokens, the embedding has {rows} rows (vocab_size)");
             (tokens > rows).then(|| finding(Severity::Warning, "vocabulary", message(), remedy))
         }
     }

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 
 use quant_core::{ActSpec, DenseTensor, QuantSpec, QuantizedLinear, WeightSource};
 use quant_formats::{
-    Checkpoint, CheckpointWriter, FormatError, Layout, PlannedLayer, PlannedTensor, StoredModel,
-    WriteOptions, layouts,
+    Checkpoint, CheckpointWriter, Container, FormatError, Layout, ModelWriter, PlannedLayer, PlannedTensor,
+    StoredModel, WriteOptions, layouts,
 };
 use quant_model::ArchSpec;
 use serde::Serialize;
@@ -157,7 +157,7 @@ fn smallest(
 ) -> Result<(&'static dyn Layout, Vec<Planned>), Error> {
     let exact = ConvertConfig { allow_requantize: false, ..config.clone() };
     let mut best: Option<(u64, &'static dyn Layout, Vec<Planned>)> = None;
-    for &layout in layouts() {
+    for &layout in layouts().iter().filter(|layout| layout.container() == Container::Directory) {
         let Ok(planned) = plan(source, layout, &exact, progress) else { continue };
         if planned.iter().any(|p| p.route.verdict != Verdict::Identical) {
             continue;
@@ -248,7 +248,8 @@ fn write(
     let others: Vec<_> = carried.iter().map(|tensor| &tensor.name[..]).collect();
     metadata.extend(layout.header_notes(&layers, &others));
     let options = WriteOptions { shard_size: config.shard_size, metadata, overwrite: config.overwrite };
-    let writer = CheckpointWriter::create(out, &plan, &options)?;
+    let files = || source.model_files();
+    let writer = ModelWriter::create(layout.container(), out, &plan, files, &options)?;
     let bytes = |plan: &[PlannedTensor]| plan.iter().filter_map(PlannedTensor::byte_len).sum::<u64>();
     progress.begin("writing", bytes(&plan));
     for tensor in &carried {
@@ -263,7 +264,9 @@ fn write(
         }
         progress.advance(module, bytes(&route.plan));
     }
-    write_side_files(source, layout, &planned, &conversion, &writer)?;
+    if let Some(directory) = writer.directory() {
+        write_side_files(source, layout, &planned, &conversion, directory)?;
+    }
     conversion.leftover = writer.finish()?.leftover;
     progress.end();
     Ok(conversion)
@@ -367,8 +370,7 @@ fn write_side_files(
         config.insert("quantization_config".to_owned(), quantization);
     }
     writer.write_file("config.json", format!("{:#}\n", Value::Object(config)).as_bytes())?;
-    for (name, path) in source.files_to_carry() {
-        let bytes = std::fs::read(&path).map_err(|e| Error::io(path, e))?;
+    for (name, bytes) in source.side_files()? {
         writer.write_file(name, &bytes)?;
     }
     Ok(())

@@ -16,7 +16,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use quant_core::ActSpec;
-use quant_formats::{Checkpoint, CheckpointWriter, StoredModel, WriteOptions, planned_files};
+use quant_formats::{
+    Checkpoint, CheckpointWriter, Container, ModelWriter, StoredModel, WriteOptions, planned_files,
+};
 use quant_methods::Needs;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -37,7 +39,7 @@ pub fn plan(model: &Path, config: &QuantizeConfig) -> Result<Plan, Error> {
     Ok(make_plan(&job, calibration_tokens)?.0)
 }
 
-/// Quantizes the checkpoint `model` into the directory `out`.
+/// Quantizes the checkpoint `model` into the directory `out`, or into the file `out` where the layout is GGUF.
 ///
 /// The output appears whole or not at all. The same inputs give the same bytes on any number of threads; work runs on
 /// the current rayon pool.
@@ -61,7 +63,8 @@ pub fn quantize(
     if !plan.problems.is_empty() {
         return Err(Error::Problems(plan.problems));
     }
-    let writer = CheckpointWriter::create(out, &job.outputs(), &job.write_options())?;
+    let (container, files) = (job.layout.container(), || job.source.model_files());
+    let writer = ModelWriter::create(container, out, &job.outputs(), files, &job.write_options())?;
     let mut run = Run { job: &job, writer: &writer, progress, layers: Vec::new(), zeroed: 0 };
     run.carry_tensors()?;
     match &calibration {
@@ -72,8 +75,14 @@ pub fn quantize(
     if zeroed > 0 {
         progress.note(&format!("{zeroed} weights were not finite and were replaced with zero"));
     }
-    write_side_files(&job, &writer)?;
+    if let Some(directory) = writer.directory() {
+        write_side_files(&job, directory)?;
+    }
     let written = writer.finish()?;
+    let dir = match container {
+        Container::Directory => out,
+        Container::Gguf => out.parent().unwrap_or(out),
+    };
     Ok(Summary {
         method: config.method.clone(),
         bits: config.bits,
@@ -88,7 +97,7 @@ pub fn quantize(
         bits_per_weight: plan.bits_per_weight,
         seconds: start.elapsed().as_secs_f64(),
         peak_rss_bytes: crate::system::peak_rss_bytes(),
-        sha256: hash_files(out, &written.files)?,
+        sha256: hash_files(dir, &written.files)?,
     })
 }
 
@@ -295,8 +304,7 @@ fn write_side_files(job: &Job<'_>, writer: &CheckpointWriter) -> Result<(), Erro
     let mut config = job.source.config().as_object().cloned().unwrap_or_default();
     config.insert("quantization_config".to_owned(), quantization);
     writer.write_file("config.json", format!("{:#}\n", Value::Object(config)).as_bytes())?;
-    for (name, path) in job.source.files_to_carry() {
-        let bytes = std::fs::read(&path).map_err(|e| Error::io(path, e))?;
+    for (name, bytes) in job.source.side_files()? {
         writer.write_file(name, &bytes)?;
     }
     Ok(())

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError, WeightSource};
-use quant_formats::CheckpointWriter;
+use quant_formats::ModelWriter;
 use quant_methods::{HessianSum, LayerStats, LayerWeights, Needs};
 use quant_model::{Embedding, Linear, linear};
 
@@ -19,7 +19,7 @@ use crate::progress::Progress;
 /// A run in progress.
 pub(crate) struct Run<'a> {
     pub(crate) job: &'a Job<'a>,
-    pub(crate) writer: &'a CheckpointWriter,
+    pub(crate) writer: &'a ModelWriter,
     pub(crate) progress: &'a dyn Progress,
     pub(crate) layers: Vec<LayerSummary>,
     /// Weights that were not finite and were replaced with zero.

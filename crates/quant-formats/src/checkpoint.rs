@@ -10,12 +10,14 @@ use serde_json::Value;
 use crate::detect;
 use crate::error::{FormatError, IndexError};
 use crate::file;
+use crate::gguf::{self, GgufModel, Metadata, ModelFiles};
 use crate::index::ShardIndex;
 use crate::json;
-use crate::layout::{Reader, TensorSource};
+use crate::layout::{self, Reader, TensorSource};
 use crate::safetensors::{SafetensorsFile, TensorInfo};
 use crate::values;
 use crate::verify::Finding;
+use crate::weight_file::WeightFile;
 
 /// Files beside the weights that belong to a model whatever its weights are stored as.
 const SIDE_FILES: [&str; 27] = [
@@ -48,13 +50,14 @@ const SIDE_FILES: [&str; 27] = [
     "vocab.txt",
 ];
 
-/// A checkpoint whose files and headers have been checked: a Hugging Face directory, or one safetensors file.
+/// A checkpoint whose files and headers have been checked: a Hugging Face directory, a GGUF file, or one safetensors
+/// file.
 ///
 /// Tensors are read when they are asked for, from any thread, and never kept.
 pub struct Checkpoint {
     path: PathBuf,
     config: Value,
-    files: Vec<SafetensorsFile>,
+    files: Vec<WeightFile>,
     /// Tensor to index in `files`.
     tensors: BTreeMap<String, usize>,
     /// Modules with quantized parts.
@@ -103,9 +106,11 @@ impl Checkpoint {
                 return Err(FormatError::Json { file, detail: "the configuration must be an object".into() });
             }
             checkpoint.open_directory()?;
+        } else if gguf::is_gguf(&checkpoint.path) {
+            checkpoint.open_gguf()?;
+            return Ok(checkpoint);
         } else {
-            let file = SafetensorsFile::open(&checkpoint.path)?;
-            checkpoint.add_file(file)?;
+            checkpoint.add_safetensors(checkpoint.path.clone())?;
         }
         checkpoint.reader = checkpoint.detect();
         Ok(checkpoint)
@@ -115,7 +120,7 @@ impl Checkpoint {
         let dir = self.path.clone();
         let names = list(&dir)?;
         if names.contains("model.safetensors") {
-            return self.add_file(SafetensorsFile::open(dir.join("model.safetensors"))?);
+            return self.add_safetensors(dir.join("model.safetensors"));
         }
         let mut indices = names.iter().filter(|n| n.ends_with(".safetensors.index.json"));
         let standard = "model.safetensors.index.json".to_owned();
@@ -128,7 +133,7 @@ impl Checkpoint {
         let base = base.filter(|b| names.iter().any(|n| n.starts_with(b) && n.ends_with(".safetensors")));
         let base = base.unwrap_or_default().to_owned();
         for name in names.iter().filter(|n| n.ends_with(".safetensors") && n.starts_with(&base)) {
-            self.add_file(SafetensorsFile::open(dir.join(name))?)?;
+            self.add_safetensors(dir.join(name))?;
         }
         if self.files.is_empty() {
             let has = |end: &str| names.iter().any(|n| n.ends_with(end));
@@ -144,8 +149,26 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// A GGUF file is a whole model: its keys are the configuration, and each tensor has the type it names.
+    fn open_gguf(&mut self) -> Result<(), FormatError> {
+        let GgufModel { files, config, main_type } = GgufModel::open(&self.path)?;
+        self.config = config;
+        files.into_iter().try_for_each(|file| self.add_file(WeightFile::Gguf(file)))?;
+        if let Some(main_type) = main_type {
+            let layout = layout::layout("gguf")?;
+            let modules = self.tensor_infos().filter_map(|(name, info)| layout.module_of(name, info.dtype));
+            self.modules = modules.map(str::to_owned).collect();
+            self.reader = layout.reader(&serde_json::json!({ "type": main_type.name() })).map(Some);
+        }
+        Ok(())
+    }
+
+    fn add_safetensors(&mut self, path: PathBuf) -> Result<(), FormatError> {
+        self.add_file(WeightFile::Safetensors(SafetensorsFile::open(path)?))
+    }
+
     /// All tensors of a file; none may be known already.
-    fn add_file(&mut self, file: SafetensorsFile) -> Result<(), FormatError> {
+    fn add_file(&mut self, file: WeightFile) -> Result<(), FormatError> {
         for name in file.names() {
             if let Some(first) = self.tensors.insert(name.to_owned(), self.files.len()) {
                 let first = self.files[first].path().to_path_buf();
@@ -166,7 +189,7 @@ impl Checkpoint {
         let mut number = BTreeMap::new();
         for shard in shards {
             number.insert(shard, self.files.len());
-            self.files.push(SafetensorsFile::open(dir.join(shard))?);
+            self.files.push(WeightFile::Safetensors(SafetensorsFile::open(dir.join(shard))?));
         }
         for (tensor, shard) in &index.weight_map {
             let i = number[shard];
@@ -246,7 +269,7 @@ impl Checkpoint {
     }
 
     /// The weight files.
-    pub fn files(&self) -> &[SafetensorsFile] {
+    pub fn files(&self) -> &[WeightFile] {
         &self.files
     }
 
@@ -257,7 +280,7 @@ impl Checkpoint {
     }
 
     /// The file that holds a tensor.
-    pub fn file_of(&self, tensor: &str) -> Option<&SafetensorsFile> {
+    pub fn file_of(&self, tensor: &str) -> Option<&WeightFile> {
         self.tensors.get(tensor).map(|&i| &self.files[i])
     }
 
@@ -328,8 +351,71 @@ impl Checkpoint {
         files.filter(|(_, path)| path.is_file()).collect()
     }
 
+    /// The keys of a GGUF file.
+    pub fn gguf_metadata(&self) -> Option<&Metadata> {
+        self.files.first().and_then(WeightFile::gguf).map(|view| view.file().metadata())
+    }
+
+    /// `tokenizer.json`, or what the keys of a GGUF file say in its terms.
+    pub fn tokenizer(&self) -> Result<Option<Value>, FormatError> {
+        match self.gguf_metadata() {
+            Some(metadata) => gguf::tokenizer_json(metadata),
+            None => {
+                let path = self.path.join("tokenizer.json");
+                if path.is_file() { json::read(&path, json::TOKENIZER_LIMIT).map(Some) } else { Ok(None) }
+            }
+        }
+    }
+
+    /// What the model is besides its tensors.
+    pub fn model_files(&self) -> Result<ModelFiles, FormatError> {
+        let template = match self.gguf_metadata() {
+            Some(metadata) => metadata.text("tokenizer.chat_template")?.map(str::to_owned),
+            None => {
+                let path = self.path.join("chat_template.jinja");
+                let read = || file::read_limited(&path, json::CONFIG_LIMIT);
+                let bytes = if path.is_file() { Some(read()?) } else { None };
+                bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            }
+        };
+        let own_name = self.gguf_metadata().and_then(|m| m.get("general.name")?.as_str());
+        let stem = self.path.file_stem().and_then(|name| name.to_str());
+        Ok(ModelFiles {
+            config: self.config.clone(),
+            tokenizer: self.tokenizer()?,
+            tokenizer_config: self.json_file("tokenizer_config.json")?,
+            generation_config: self.json_file("generation_config.json")?,
+            pooling: self.json_file("1_Pooling/config.json")?,
+            chat_template: template,
+            name: own_name.or(stem).unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// The small files to put beside new weights, with their content. Those of a GGUF file are made from its keys.
+    pub fn side_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>, FormatError> {
+        if self.gguf_metadata().is_some() {
+            let made = [
+                ("tokenizer.json", self.tokenizer()?),
+                ("tokenizer_config.json", self.json_file("tokenizer_config.json")?),
+            ];
+            let made = made.into_iter().filter_map(|(name, json)| Some((name, json?)));
+            return Ok(made.map(|(name, json)| (name, format!("{json:#}\n").into_bytes())).collect());
+        }
+        let files = self.files_to_carry().into_iter();
+        let read = |(name, path): (&'static str, PathBuf)| {
+            fs::read(&path).map(|bytes| (name, bytes)).map_err(|e| FormatError::io("read", &path, e))
+        };
+        files.map(read).collect()
+    }
+
     /// A JSON file beside the weights, such as `generation_config.json`, if there is one.
     pub fn json_file(&self, name: &str) -> Result<Option<Value>, FormatError> {
+        if let Some(metadata) = self.gguf_metadata() {
+            return match name {
+                "tokenizer_config.json" => gguf::tokenizer_config(metadata),
+                _ => Ok(None),
+            };
+        }
         let path = self.path.join(name);
         if path.is_file() { json::read(&path, json::CONFIG_LIMIT).map(Some) } else { Ok(None) }
     }
@@ -361,7 +447,7 @@ impl TensorSource for Checkpoint {
     }
 
     fn note(&self, key: &str) -> Option<&str> {
-        self.files.iter().find_map(|file| file.metadata().get(key)).map(String::as_str)
+        self.files.iter().find_map(|file| file.note(key))
     }
 
     fn model_config(&self) -> &Value {

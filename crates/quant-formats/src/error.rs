@@ -7,6 +7,7 @@ use std::sync::Arc;
 use quant_core::{DType, MatrixError, TensorError, WeightError};
 
 use crate::escape::{display_name, display_path};
+use crate::gguf::GgmlType;
 
 /// A checkpoint can't be read or written. Cheap to clone, so that it can be kept and reported later.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -47,6 +48,24 @@ pub enum FormatError {
         file: PathBuf,
         /// What is wrong.
         source: HeaderError,
+    },
+    /// A file that is no valid GGUF file.
+    #[error("{}: {source}", display_path(.file))]
+    Gguf {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        source: GgufError,
+    },
+    /// A key of a GGUF file with an impossible value.
+    #[error("key {} is {}; {expected} is expected", display_name(.key), display_name(.found))]
+    Key {
+        /// The key.
+        key: String,
+        /// Its value or type.
+        found: String,
+        /// What is possible.
+        expected: String,
     },
     /// A file that is no valid `.npy` file of ids.
     #[error("{}: {source}", display_path(.file))]
@@ -355,6 +374,153 @@ pub enum HeaderError {
         expected: u64,
         /// Bytes behind the header.
         found: u64,
+    },
+}
+
+/// Why a file is no GGUF file.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufError {
+    /// Another beginning.
+    #[error("magic {} instead of GGUF: this is no GGUF file", display_name(&String::from_utf8_lossy(.found)))]
+    Magic {
+        /// The first four bytes.
+        found: [u8; 4],
+    },
+    /// A version that is not read.
+    #[error("version {found} is not supported; versions 2 and 3 are, convert the model again")]
+    Version {
+        /// The version.
+        found: u32,
+    },
+    /// A file for machines of the other byte order.
+    #[error("the version is in big-endian order; convert the file with gguf-convert-endian")]
+    BigEndian,
+    /// The file ends early, or a length is wrong.
+    #[error(
+        "the file is truncated or a length is wrong: {needed} bytes are needed at byte {place}, the file has {file_len}"
+    )]
+    Cut {
+        /// Where it was read.
+        place: u64,
+        /// Bytes that must follow.
+        needed: u64,
+        /// Size of the file.
+        file_len: u64,
+    },
+    /// A header beyond any model's.
+    #[error("the header is larger than {limit} bytes")]
+    HeaderTooLarge {
+        /// Bytes at most.
+        limit: u64,
+    },
+    /// More of something than the file can hold.
+    #[error("{found} {what} are impossible; the file has room for {possible}")]
+    Count {
+        /// What is counted.
+        what: &'static str,
+        /// Their number.
+        found: u64,
+        /// The greatest possible number.
+        possible: u64,
+    },
+    /// A text that is no UTF-8.
+    #[error("{what} at byte {place} is no valid UTF-8")]
+    NotUtf8 {
+        /// What it is.
+        what: &'static str,
+        /// Where it begins.
+        place: u64,
+    },
+    /// A key that occurs twice.
+    #[error("duplicate key {}", display_name(.key))]
+    DuplicateKey {
+        /// The key.
+        key: String,
+    },
+    /// A tensor that occurs twice.
+    #[error("duplicate tensor name {}", display_name(.name))]
+    DuplicateTensor {
+        /// Its name.
+        name: String,
+    },
+    /// A value of a type that does not exist.
+    #[error("key {}: value type {found} does not exist", display_name(.key))]
+    ValueType {
+        /// The key.
+        key: String,
+        /// The number of the type.
+        found: u32,
+    },
+    /// A list of lists.
+    #[error("key {}: arrays of arrays are not supported", display_name(.key))]
+    NestedArray {
+        /// The key.
+        key: String,
+    },
+    /// An alignment that is none.
+    #[error("general.alignment is {}; a u32 that is a power of two is expected", display_name(.found))]
+    Alignment {
+        /// The value.
+        found: String,
+    },
+    /// More dimensions than the format has.
+    #[error("tensor {}: {found} dimensions; at most {limit} are possible", display_name(.tensor))]
+    Dimensions {
+        /// The tensor.
+        tensor: String,
+        /// Their number.
+        found: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// A type that does not exist, or not any more.
+    #[error("tensor {}: type {found} is no ggml type, or one that llama.cpp has removed; convert the model again", display_name(.tensor))]
+    TensorType {
+        /// The tensor.
+        tensor: String,
+        /// The number of the type.
+        found: u32,
+    },
+    /// A shape that can't be stored.
+    #[error("tensor {}: shape {shape:?} of {ty} overflows, or its rows are no multiple of blocks of {block} elements", display_name(.tensor))]
+    Size {
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        ty: GgmlType,
+        /// Its dimensions, slowest first.
+        shape: Vec<u64>,
+        /// Elements of a block.
+        block: usize,
+    },
+    /// An offset beside the alignment.
+    #[error("tensor {}: offset {offset} is no multiple of the alignment {alignment}", display_name(.tensor))]
+    Misaligned {
+        /// The tensor.
+        tensor: String,
+        /// Its offset.
+        offset: u64,
+        /// The alignment.
+        alignment: u64,
+    },
+    /// A tensor that is not in the file.
+    #[error("tensor {}: its data end at byte {end}, the file has {file_len} bytes (truncated, or a wrong offset)", display_name(.tensor))]
+    PastEnd {
+        /// The tensor.
+        tensor: String,
+        /// Behind its last byte.
+        end: u64,
+        /// Size of the file.
+        file_len: u64,
+    },
+    /// Two tensors that share bytes.
+    #[error("tensors {} and {} overlap", display_name(.first), display_name(.second))]
+    Overlap {
+        /// A tensor.
+        first: String,
+        /// Another.
+        second: String,
     },
 }
 

@@ -12,6 +12,9 @@ use crate::file;
 /// Largest `config.json` that is read. Real ones are below one megabyte.
 pub(crate) const CONFIG_LIMIT: u64 = 16 << 20;
 
+/// Largest `tokenizer.json` that is read. The largest known ones have 35 MB.
+pub(crate) const TOKENIZER_LIMIT: u64 = 128 << 20;
+
 /// Reads a JSON file. `serde_json` refuses more than 128 levels of nesting.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T, FormatError> {
     let bytes = file::read_limited(path, limit)?;

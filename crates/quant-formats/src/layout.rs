@@ -7,6 +7,7 @@ mod awq;
 mod ct;
 mod fields;
 mod fp8;
+mod gguf;
 mod gptq;
 mod modelopt;
 mod mxfp4;
@@ -21,7 +22,11 @@ use quant_core::{ActSpec, DType, DenseTensor, QuantSpec, QuantizedLinear, Quanti
 use serde_json::{Map, Value};
 
 use crate::error::{FormatError, Unsupported};
+use crate::gguf::GgmlType;
 use crate::sink::PlannedTensor;
+
+pub use gguf::gguf_layout;
+pub(crate) use gguf::{parse_part, part_name};
 
 /// All layouts that can be read and written, best known first.
 pub fn layouts() -> &'static [&'static dyn Layout] {
@@ -48,21 +53,29 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
         &ct::MXFP6,
         &ct::MXFP8,
         &torchao::TORCHAO,
+        &gguf::ANY,
     ]
 }
 
-/// The layout of that name.
+/// The layout of that name. `gguf:q4_0` is the layout `gguf` with every layer in that type.
 pub fn layout(id: &str) -> Result<&'static dyn Layout, FormatError> {
+    if let Some(ty) = id.strip_prefix("gguf:").and_then(GgmlType::from_name).and_then(gguf_layout) {
+        return Ok(ty);
+    }
     layouts().iter().copied().find(|l| l.id() == id).ok_or_else(|| {
-        let known: Vec<_> = layouts().iter().map(|l| l.id()).collect();
+        let types = GgmlType::blocks().filter(|&ty| gguf_layout(ty).is_some());
+        let known: Vec<_> = match id.split_once(':') {
+            Some(("gguf", _)) => types.map(|ty| format!("gguf:{}", ty.name().to_lowercase())).collect(),
+            _ => layouts().iter().map(|l| l.id().to_owned()).collect(),
+        };
         FormatError::UnknownLayout { found: id.to_owned(), known: known.join(", ") }
     })
 }
 
-/// The first layout that can store such layers, or why the first one can't.
+/// The first layout of safetensors files that can store such layers, or why the first one can't.
 pub fn layout_for(layer: &PlannedLayer<'_>) -> Result<&'static dyn Layout, Unsupported> {
     let mut refusal = None;
-    for &layout in layouts() {
+    for &layout in layouts().iter().filter(|layout| layout.container() == Container::Directory) {
         match layout.can_store(layer) {
             Ok(()) => return Ok(layout),
             Err(e) => refusal = refusal.or(Some(e)),
@@ -142,6 +155,15 @@ impl TensorSource for BTreeMap<String, DenseTensor> {
     }
 }
 
+/// What a model in some layout is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Container {
+    /// A directory of safetensors files with a `config.json`.
+    Directory,
+    /// One GGUF file.
+    Gguf,
+}
+
 /// How the linear layers of a checkpoint are laid out on disk. Stateless; everything that a file says about
 /// itself is in its [`Reader`].
 pub trait Layout: Send + Sync {
@@ -153,6 +175,11 @@ pub trait Layout: Send + Sync {
 
     /// The `quant_method`s of configurations that mean this layout.
     fn methods(&self) -> &'static [&'static str];
+
+    /// What holds the tensors of a model in this layout.
+    fn container(&self) -> Container {
+        Container::Directory
+    }
 
     /// The part that every quantized module has, such as `qweight`.
     fn marker(&self) -> &'static str;

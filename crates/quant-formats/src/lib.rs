@@ -45,25 +45,37 @@ mod detect;
 mod error;
 mod escape;
 mod file;
+mod gguf;
 mod hf_cache;
 mod index;
 mod json;
 mod layout;
+mod model_writer;
 mod npy;
 mod safetensors;
 mod sink;
 mod values;
 mod verify;
+mod weight_file;
 
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, WriteOptions, Written, planned_files};
-pub use error::{FormatError, HeaderError, IndexError, NpyError, Unsupported};
+pub use error::{FormatError, GgufError, HeaderError, IndexError, NpyError, Unsupported};
 pub use escape::{DisplayName, display_name, display_path};
 pub use file::{remove_unfinished, write_file};
+pub use gguf::{
+    GgmlType, GgufFile, GgufModelWriter, GgufTensor, GgufView, GgufWriter, MetaArray, MetaValue, Metadata,
+    ModelFiles,
+};
 pub use hf_cache::resolve_model;
-pub use layout::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, layout, layout_for, layouts};
+pub use layout::{
+    Container, Layout, PlannedLayer, Reader, StoredModel, TensorSource, gguf_layout, layout, layout_for,
+    layouts,
+};
+pub use model_writer::ModelWriter;
 pub use npy::{npy_f32, read_npy_ids};
 pub use safetensors::{SafetensorsFile, TensorInfo};
 pub use sink::{PlannedTensor, SafetensorsWriter, write_safetensors};
 pub use values::{NonFinite, check_layer, check_tensor, non_finite};
 pub use verify::{Finding, Severity};
+pub use weight_file::WeightFile;

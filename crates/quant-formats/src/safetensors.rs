@@ -102,6 +102,11 @@ impl SafetensorsFile {
         self.len
     }
 
+    /// Names and places of all tensors.
+    pub(crate) fn table(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.header.tensors
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.header.tensors.keys().map(String::as_str)

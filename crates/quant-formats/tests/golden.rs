@@ -156,8 +156,9 @@ fn float_checkpoints_open_clean() {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         assert!(checkpoint.reader().unwrap().is_none());
         assert_eq!(checkpoint.verify(), []);
-        assert!(checkpoint.files_to_carry().iter().any(|(n, _)| *n == "tokenizer.json"));
+        let tokenizer = checkpoint.files_to_carry().iter().any(|(n, _)| *n == "tokenizer.json");
+        assert!(tokenizer || name == "base-llama256", "{name}");
         seen.insert(name, checkpoint.tensor_bytes());
     }
-    assert_eq!(seen.len(), 6, "{seen:?}");
+    assert_eq!(seen.len(), 7, "{seen:?}");
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod affine;
+pub mod ggml;
 pub mod gptq;
 mod order;
 pub mod quantizer;

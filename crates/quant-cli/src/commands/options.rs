@@ -14,15 +14,15 @@ use crate::size;
 /// How to quantize.
 #[derive(Args)]
 pub(crate) struct QuantizeOptions {
-    /// Method; `quant list methods` tells them all
-    #[arg(long, short, default_value = "gptq", value_name = "NAME")]
-    method: String,
-    /// Bits per weight code
-    #[arg(long, short, default_value_t = 4)]
-    bits: u8,
-    /// Weights that share a scale; -1 or row for whole rows
-    #[arg(long, short, default_value = "128", value_name = "N", allow_hyphen_values = true)]
-    group_size: GroupSize,
+    /// Method; `quant list methods` tells them all [default: gptq, or that of --type]
+    #[arg(long, short, value_name = "NAME")]
+    method: Option<String>,
+    /// Bits per weight code [default: 4, or the method's own]
+    #[arg(long, short)]
+    bits: Option<u8>,
+    /// Weights that share a scale; -1 or row for whole rows [default: 128, or the method's own]
+    #[arg(long, short, value_name = "N", allow_hyphen_values = true)]
+    group_size: Option<GroupSize>,
     /// Symmetric grids around zero [default for gptq]
     #[arg(long, conflicts_with = "asym")]
     sym: bool,
@@ -32,6 +32,9 @@ pub(crate) struct QuantizeOptions {
     /// Layout of the output [default: the method's own]; `quant list layouts`
     #[arg(long, value_name = "LAYOUT")]
     format: Option<String>,
+    /// Type of the blocks of a GGUF file, such as q4_0; without --method it is rounded as llama.cpp does
+    #[arg(long, value_name = "TYPE", requires = "format")]
+    r#type: Option<String>,
     /// Calibration text (.txt, .jsonl) or token ids (.npy) [default: a small built-in text]
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     calibration: Option<PathBuf>,
@@ -130,12 +133,18 @@ impl QuantizeOptions {
             (_, true) => Some(false),
             _ => None,
         };
+        let method = self.method.as_deref().or(self.r#type.as_deref()).unwrap_or("gptq").to_lowercase();
+        let defaults = QuantizeConfig::new(&method)?;
+        let layout = match (&self.format, &self.r#type) {
+            (Some(format), Some(ty)) => Some(format!("{format}:{ty}")),
+            (format, _) => format.clone(),
+        };
         let config = QuantizeConfig {
-            bits: self.bits,
-            group: self.group_size,
+            bits: self.bits.unwrap_or(defaults.bits),
+            group: self.group_size.unwrap_or(defaults.group),
             symmetric,
             options: MethodOptions { gptq, ..MethodOptions::default() },
-            layout: self.format.clone(),
+            layout,
             calibration: self.calibration.clone().map_or(CalibrationSource::Builtin, CalibrationSource::File),
             samples: self.samples,
             seq_len: self.seq_len,
@@ -150,7 +159,7 @@ impl QuantizeOptions {
             max_memory: self.max_memory,
             shard_size: self.shard_size,
             overwrite,
-            ..QuantizeConfig::new(&self.method)?
+            ..defaults
         };
         config.validate()?;
         Ok(config)

@@ -120,3 +120,8 @@ fn template() {
 fn numeric() {
     all("numeric");
 }
+
+#[test]
+fn gguf() {
+    all("gguf");
+}

@@ -185,7 +185,7 @@ mod tests {
         // Ten codes of three bits in a word.
         let gapped: Vec<u8> = (0..4u32)
             .flat_map(|w| {
-                let fields = (0..10).filter(|i| 10 * w + i < 32).map(|i| (10 * w + i) % 8 << (3 * i));
+                let fields = (0..10).filter(|i| 10 * w + i < 32).map(|i| ((10 * w + i) % 8) << (3 * i));
                 fields.sum::<u32>().to_le_bytes()
             })
             .collect();

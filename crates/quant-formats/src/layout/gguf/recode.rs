@@ -1,0 +1,145 @@
+//! Matrices of other layouts as blocks: the same real numbers, or a refusal.
+
+use half::f16;
+use quant_core::{
+    Codes, Grid, GridKind, Groups, MatrixError, Offset, Params, ParamsKind, QuantSpec, QuantizedMatrix,
+};
+
+use super::codec::{Codec, Form, GridOf, codec};
+use super::unsupported;
+use crate::error::{FormatError, Unsupported};
+use crate::gguf::GgmlType;
+
+/// Whether matrices made to `spec` can be recoded, as far as that is no matter of their values.
+pub(super) fn possible(spec: &QuantSpec, codec: &Codec) -> Result<(), Unsupported> {
+    let ty = codec.ty;
+    match (codec.form, codec.grid) {
+        (Form::Super(..) | Form::SuperShift(_), _) => {
+            let remedy = format!("{ty} has scales of two levels, which only its own quantizer makes");
+            Err(unsupported("scales", format!("{:?}", spec.scales), remedy))
+        }
+        (_, GridOf::Table(kind)) if spec.grid != kind => {
+            Err(unsupported("grid", spec.grid, format!("{ty} holds values of {kind}")))
+        }
+        (Form::Exponent, _) if spec.scales != ParamsKind::E8M0 => {
+            Err(unsupported("scales", format!("{:?}", spec.scales), format!("{ty} has powers of two")))
+        }
+        (_, GridOf::Int(_)) if !matches!(spec.grid, GridKind::Int | GridKind::E2M1) => {
+            Err(unsupported("grid", spec.grid, format!("{ty} holds integers")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// For matrices whose offsets are added: the type with a shift, of as many bits.
+pub(super) fn with_shift(matrix: &QuantizedMatrix, plain: &'static Codec) -> &'static Codec {
+    let ty = match (&matrix.offset, matrix.codes.bits()) {
+        (Offset::Shift { .. }, ..=4) => GgmlType::Q4_1,
+        (Offset::Shift { .. }, 5) => GgmlType::Q5_1,
+        _ => return plain,
+    };
+    codec(ty).unwrap_or(plain)
+}
+
+/// The same real numbers in the form of `codec`.
+pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<QuantizedMatrix, FormatError> {
+    possible(&matrix.spec(), codec)?;
+    let extra = [
+        ("row scales", matrix.row_scale.is_some()),
+        ("column scales", matrix.col_scale.is_some()),
+        ("outlier columns", matrix.outliers.is_some()),
+        ("groups in activation order", matrix.input_perm.is_some()),
+    ];
+    if let Some((part, _)) = extra.iter().find(|(_, present)| *present) {
+        return Err(unsupported(part, "beside codes", "choose another layout, or requantize").into());
+    }
+    let (rows, cols, group) = (matrix.rows(), matrix.cols(), codec.group);
+    if !cols.is_multiple_of(codec.ty.block_len()) {
+        let remedy = format!("rows of {} are blocks of {} inputs", codec.ty, codec.ty.block_len());
+        return Err(unsupported("input size", cols, remedy).into());
+    }
+    // Values of small floats are halves.
+    let unit =
+        if matches!(codec.grid, GridOf::Int(_)) && matrix.grid.kind() == GridKind::E2M1 { 0.5 } else { 1.0 };
+    let invalid = |source: MatrixError| FormatError::Matrix { module: String::new(), source };
+    let mut out = Codes::zeros(codec.bits, rows, cols).map_err(invalid)?;
+    let count = rows * cols / group;
+    let (mut scales, mut shifts) = (Vec::with_capacity(count), Vec::new());
+    let (mut codes, mut row) = (vec![0; cols], vec![0; cols]);
+    for r in 0..rows {
+        matrix.codes.unpack_row(r, &mut codes);
+        for start in (0..cols).step_by(group) {
+            if matrix.groups.run_end(r, start, cols) < (start + group).min(cols) {
+                let remedy = format!("groups of {} have {group} inputs or a multiple", codec.ty);
+                return Err(unsupported("groups", "that end elsewhere", remedy).into());
+            }
+            let g = matrix.groups.index(r, start, cols);
+            let scale = exact_half("scale", f64::from(matrix.scales.get(g) * unit), codec)?;
+            scales.push(scale);
+            let zero = match (&matrix.offset, codec.form) {
+                (Offset::None, _) => 0.0,
+                (Offset::Zero(zeros), Form::ScaleShift) => {
+                    // The product of two f32 is exact in f64.
+                    let shift = -scale.to_f64() * f64::from(zeros.get(g));
+                    shifts.push(exact_half("shift", shift, codec)?);
+                    0.0
+                }
+                (Offset::Zero(zeros), _) => zeros.get(g),
+                (Offset::Shift { param, sign }, Form::ScaleShift) => {
+                    shifts.push(exact_half("shift", f64::from(sign * param.get(g)), codec)?);
+                    0.0
+                }
+                (Offset::Shift { .. }, _) => {
+                    let remedy = format!("{} has none; choose Q4_1 or Q5_1", codec.ty);
+                    return Err(unsupported("shifts", "that are added", remedy).into());
+                }
+            };
+            for c in start..start + group {
+                row[c] = code(matrix, codes[c], zero, unit, codec)?;
+            }
+        }
+        out.set_row(r, &row);
+    }
+    let (scales, offset) = match codec.form {
+        Form::Exponent => (matrix.scales.clone(), Offset::None),
+        Form::ScaleShift => {
+            shifts.resize(scales.len(), f16::ZERO);
+            (Params::F16(scales), Offset::Shift { param: Params::F16(shifts), sign: 1.0 })
+        }
+        _ => (Params::F16(scales), Offset::None),
+    };
+    let mut recoded = QuantizedMatrix::affine(out, Groups::Row { len: group }, scales, offset, 0);
+    recoded.grid = codec.grid.grid();
+    Ok(recoded)
+}
+
+/// The code that stands for the same number.
+fn code(matrix: &QuantizedMatrix, code: u8, zero: f32, unit: f32, target: &Codec) -> Result<u8, Unsupported> {
+    let GridOf::Int(midpoint) = target.grid else { return Ok(code) };
+    let value = match &matrix.grid {
+        Grid::Int { midpoint } => f32::from(code) - *midpoint as f32 - zero,
+        Grid::Table(table) => (table[usize::from(code)] - zero) / unit,
+    } + midpoint as f32;
+    let max = f32::from(u8::MAX >> (8 - target.bits));
+    if value.fract() != 0.0 || !(0.0..=max).contains(&value) {
+        let (low, high) = (-midpoint, max as i32 - midpoint);
+        let remedy = format!("{} holds whole steps from {low} to {high}; choose a wider type", target.ty);
+        return Err(unsupported("a value", format!("of {} steps", value - midpoint as f32), remedy));
+    }
+    Ok(value as u8)
+}
+
+/// A parameter that f16 holds exactly.
+fn exact_half(part: &'static str, value: f64, codec: &Codec) -> Result<f16, Unsupported> {
+    if codec.form == Form::Exponent {
+        return Ok(f16::ZERO);
+    }
+    let rounded = f16::from_f64(value);
+    match rounded.to_f64() == value {
+        true => Ok(rounded),
+        false => {
+            let remedy = format!("{} stores f16, which does not hold it exactly; requantize", codec.ty);
+            Err(unsupported(part, value, remedy))
+        }
+    }
+}
