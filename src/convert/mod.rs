@@ -360,7 +360,8 @@ fn write_side_files(
     }
     let stored = StoredModel { spec: &spec, input: &input, exceptions: &exceptions, meta: &meta };
     let quantization = layout.config(&stored);
-    for (name, bytes) in layout.side_files(&quantization) {
+    let layers = planned.iter().map(|p| p.layer(source)).collect::<Result<Vec<_>, Error>>()?;
+    for (name, bytes) in layout.side_files(&quantization, &layers) {
         writer.write_file(&name, &bytes)?;
     }
     let mut config = source.config().as_object().cloned().unwrap_or_default();

@@ -153,7 +153,7 @@ fn known_maps_are_exact() {
     let symmetric = four_bits(Some(8), false);
     let asymmetric = four_bits(None, false);
     let act_order = four_bits(Some(8), true);
-    let exact: [(&str, &QuantizedMatrix); 14] = [
+    let exact: [(&str, &QuantizedMatrix); 13] = [
         ("gptq", &symmetric),
         ("gptq_v2", &symmetric),
         ("gptq", &act_order),
@@ -167,7 +167,6 @@ fn known_maps_are_exact() {
         ("hqq", &asymmetric),
         ("q4_0", &symmetric),
         ("q5_0", &asymmetric),
-        ("quanto", &symmetric),
     ];
     for (id, matrix) in exact {
         let Some(&layout) = layouts().iter().find(|l| l.id() == id) else { continue };

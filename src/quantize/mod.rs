@@ -298,7 +298,9 @@ fn write_side_files(job: &Job<'_>, writer: &CheckpointWriter) -> Result<(), Erro
     let stored =
         StoredModel { spec: &job.spec, input: &ActSpec::Float, exceptions: &exceptions, meta: &meta };
     let quantization = job.layout.config(&stored);
-    for (name, bytes) in job.layout.side_files(&quantization) {
+    let layers =
+        job.targets.iter().map(|t| quant_formats::PlannedLayer::new(&t.module, &job.spec, t.rows, t.cols));
+    for (name, bytes) in job.layout.side_files(&quantization, &layers.collect::<Vec<_>>()) {
         writer.write_file(&name, &bytes)?;
     }
     let mut config = job.source.config().as_object().cloned().unwrap_or_default();

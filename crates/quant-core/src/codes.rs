@@ -151,15 +151,19 @@ pub fn pack(bits: u8, values: &[u8], bytes: &mut [u8]) {
 
 /// The inverse of [`octets`].
 fn pack_octets<const BITS: usize>(values: &[u8], bytes: &mut [u8]) {
-    for (chunk, bytes) in values.chunks(8).zip(bytes.chunks_mut(BITS)) {
-        let mut codes = [0; 8];
-        codes[..chunk.len()].copy_from_slice(chunk);
-        let word = gather(BITS as u8, u64::from_le_bytes(codes)).to_le_bytes();
-        bytes.copy_from_slice(&word[..bytes.len()]);
+    let (octets, last) = values.as_chunks::<8>();
+    let (whole, rest) = bytes.split_at_mut(BITS * octets.len());
+    for (octet, stored) in octets.iter().zip(whole.as_chunks_mut::<BITS>().0) {
+        stored.copy_from_slice(&gather(BITS as u8, u64::from_le_bytes(*octet)).to_le_bytes()[..BITS]);
     }
+    let mut codes = [0; 8];
+    codes[..last.len()].copy_from_slice(last);
+    let word = gather(BITS as u8, u64::from_le_bytes(codes)).to_le_bytes();
+    rest.copy_from_slice(&word[..rest.len()]);
 }
 
 /// Eight codes of `bits` bits (1 to 8), side by side from bit 0 on, to one code per byte. Higher bits are ignored.
+#[inline]
 pub fn spread(bits: u8, word: u64) -> u64 {
     HALVES.into_iter().fold(word, |word, (width, lanes)| {
         let codes = u32::from(bits) * width / 8;
@@ -169,6 +173,7 @@ pub fn spread(bits: u8, word: u64) -> u64 {
 }
 
 /// The inverse of [`spread`]. Bits above a code are ignored.
+#[inline]
 pub fn gather(bits: u8, codes: u64) -> u64 {
     HALVES.into_iter().rev().fold(codes, |word, (width, lanes)| {
         let codes = u32::from(bits) * width / 8;

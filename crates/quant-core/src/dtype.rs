@@ -263,15 +263,39 @@ mod tests {
         assert_eq!(DType::F32.byte_len(&[usize::MAX, 0]), Some(0));
     }
 
-    proptest! {
-        #[test]
-        fn byte_len_is_exact(dims in prop::collection::vec(0usize..(1 << 20), 0..5), d in 0usize..22) {
-            let dtype = DType::ALL[d].0;
-            let bits = dims.iter().try_fold(dtype.bits() as u128, |p, &d| p.checked_mul(d as u128));
-            let exact = bits.filter(|b| b % 8 == 0 && *b <= usize::MAX as u128).map(|b| (b / 8) as usize);
-            prop_assert_eq!(dtype.byte_len(&dims), exact);
+    /// A million shapes of sizes from nothing to far beyond any memory, against 128-bit integers.
+    #[test]
+    fn byte_len_is_exact() {
+        let mut state = 1u64;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state >> 11
+        };
+        let (mut sizes, mut refused) = (0, 0);
+        let mut shape = Vec::new();
+        for _ in 0..1_000_000 {
+            let dtype = DType::ALL[(next() % 22) as usize].0;
+            shape.clear();
+            for _ in 0..next() % 6 {
+                // Every magnitude is as likely; one in 50 is zero.
+                let size = next() >> (next() % 53);
+                shape.push(if next() % 50 == 0 { 0 } else { size as usize });
+            }
+            let exact = if shape.contains(&0) {
+                Some(0)
+            } else {
+                let bits =
+                    shape.iter().try_fold(dtype.bits() as u128, |bits, &dim| bits.checked_mul(dim as u128));
+                bits.filter(|bits| bits % 8 == 0 && *bits <= usize::MAX as u128)
+                    .map(|bits| (bits / 8) as usize)
+            };
+            assert_eq!(dtype.byte_len(&shape), exact, "{dtype} {shape:?}");
+            *if exact.is_some() { &mut sizes } else { &mut refused } += 1;
         }
+        assert!(sizes > 100_000 && refused > 100_000, "{sizes} sizes, {refused} refused");
+    }
 
+    proptest! {
         #[test]
         fn halves_round_trip(values in prop::collection::vec(-1000.0f32..1000.0, 0..40)) {
             let t = DenseTensor::from_f32_as_f16(&[values.len()], &values);

@@ -214,6 +214,14 @@ impl QuantizedMatrix {
         out
     }
 
+    /// The weights `[out, in]` as a library computes them that rounds every step of the formula by `round`: to its own
+    /// 16-bit type, say.
+    pub fn dequantize_rounded(&self, round: fn(f32) -> f32) -> Array2<f32> {
+        let mut out = Array2::zeros((self.rows(), self.cols()));
+        self.decode_rows(0..self.rows(), out.view_mut(), round);
+        out
+    }
+
     /// Row `r`, `out`: `[in]` (embedding lookup).
     pub fn dequantize_row(&self, r: usize, out: &mut [f32]) {
         let out = ArrayViewMut2::from_shape((1, self.cols()), out).expect("one row");
@@ -221,7 +229,16 @@ impl QuantizedMatrix {
     }
 
     /// Rows `rows`, `out`: `[rows.len(), in]` with contiguous rows.
-    pub fn dequantize_rows(&self, rows: Range<usize>, mut out: ArrayViewMut2<'_, f32>) {
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: ArrayViewMut2<'_, f32>) {
+        self.decode_rows(rows, out, |w| w);
+    }
+
+    fn decode_rows(
+        &self,
+        rows: Range<usize>,
+        mut out: ArrayViewMut2<'_, f32>,
+        round: impl Fn(f32) -> f32 + Copy,
+    ) {
         let cols = self.cols();
         assert_eq!(out.dim(), (rows.len(), cols), "one output row per row asked for");
         let mut codes = vec![0; cols];
@@ -230,18 +247,18 @@ impl QuantizedMatrix {
             let out = out.as_slice_mut().expect("rows are contiguous");
             self.codes.unpack_row(r, &mut codes);
             match &self.input_perm {
-                None => self.decode_row(r, &codes, out),
+                None => self.decode_row(r, &codes, out, round),
                 Some(perm) => {
-                    self.decode_row(r, &codes, &mut stored);
+                    self.decode_row(r, &codes, &mut stored, round);
                     perm.0.iter().zip(&stored).for_each(|(&f, &v)| out[f as usize] = v);
                 }
             }
             if let Some(s) = &self.row_scale {
-                out.iter_mut().for_each(|w| *w *= s[r]);
+                out.iter_mut().for_each(|w| *w = round(*w * s[r]));
             }
             if let Some(s) = &self.col_scale {
                 let factors = &s.values[r / s.rows_per_block.max(1) * cols..][..cols];
-                out.iter_mut().zip(factors).for_each(|(w, f)| *w *= f);
+                out.iter_mut().zip(factors).for_each(|(w, f)| *w = round(*w * f));
             }
             if let Some(o) = &self.outliers {
                 let n = o.columns.len();
@@ -253,7 +270,7 @@ impl QuantizedMatrix {
     }
 
     /// Scale, zero and grid of one row, in stored column order.
-    fn decode_row(&self, r: usize, codes: &[u8], out: &mut [f32]) {
+    fn decode_row(&self, r: usize, codes: &[u8], out: &mut [f32], round: impl Fn(f32) -> f32) {
         let cols = self.cols();
         let mut c = 0;
         while c < cols {
@@ -269,12 +286,16 @@ impl QuantizedMatrix {
             match (&self.grid, shift) {
                 (Grid::Int { midpoint }, None) => {
                     let zero = zero + *midpoint as f32;
-                    run.for_each(|(&code, w)| *w = (f32::from(code) - zero) * scale);
+                    run.for_each(|(&code, w)| *w = round(round(f32::from(code) - zero) * scale));
                 }
                 // Without a sum: it would turn -0 into 0.
-                (grid, None) => run.for_each(|(&code, w)| *w = (grid.value(code) - zero) * scale),
+                (grid, None) => {
+                    run.for_each(|(&code, w)| *w = round(round(grid.value(code) - zero) * scale));
+                }
                 (grid, Some(shift)) => {
-                    run.for_each(|(&code, w)| *w = (grid.value(code) - zero) * scale + shift);
+                    run.for_each(|(&code, w)| {
+                        *w = round(round(round(grid.value(code) - zero) * scale) + shift)
+                    });
                 }
             }
             c = end;

@@ -333,6 +333,14 @@ impl Checkpoint {
         reader.layout().module_of(tensor, info.dtype).filter(|module| self.modules.contains(*module))
     }
 
+    /// True for packed codes, which may be viewed as floats.
+    pub(crate) fn holds_codes(&self, tensor: &str) -> bool {
+        let Ok(Some(reader)) = &self.reader else { return false };
+        let module = |part: &&str| tensor.strip_suffix(*part).and_then(|m| m.strip_suffix('.'));
+        let packed = reader.layout().packed_parts();
+        packed.iter().filter_map(module).any(|module| self.modules.contains(module))
+    }
+
     /// Reads a quantized layer and checks that its scales are finite. `None` if the module is not quantized.
     pub fn quantized_linear(&self, module: &str) -> Result<Option<QuantizedLinear>, FormatError> {
         let Some(reader) = self.reader()?.filter(|_| self.modules.contains(module)) else { return Ok(None) };

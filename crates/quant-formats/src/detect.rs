@@ -6,10 +6,10 @@
 use std::path::Path;
 
 use quant_core::DType;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::FormatError;
-use crate::json;
+use crate::json as json_file;
 use crate::layout::{self, Layout};
 
 /// A layout that is known by its marks only.
@@ -20,21 +20,17 @@ struct Family {
 }
 
 const FAMILIES: &[Family] = &[
-    Family { id: "bitsandbytes", methods: &["bitsandbytes"], suffixes: &[".SCB", ".weight.absmax"] },
-    Family { id: "hqq", methods: &["hqq"], suffixes: &[".W_q"] },
-    Family { id: "sinq", methods: &["sinq"], suffixes: &[".meta.scale2"] },
-    Family { id: "quanto", methods: &["quanto"], suffixes: &[".weight._data", ".weight._data._data"] },
     Family { id: "exl2", methods: &["exl2"], suffixes: &[".q_weight"] },
     Family { id: "exl3", methods: &["exl3"], suffixes: &[".trellis"] },
 ];
 
 /// Files that hold a quantization configuration of their own, and the method where they do not name one.
-const SIDE_FILES: [(&str, &str); 4] = [
-    ("quantize_config.json", "gptq"),
-    ("quant_config.json", "awq"),
-    ("quanto_qmap.json", "quanto"),
-    ("hf_quant_config.json", "modelopt"),
-];
+const SIDE_FILES: [(&str, &str); 3] =
+    [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")];
+
+/// Files that describe each module by its name, and the method that writes them.
+const MODULE_FILES: [(&str, &str); 2] =
+    [("quanto_qmap.json", "quanto"), ("model.safetensors.index.json.meta.json", "sinq")];
 
 /// The layout of a checkpoint and its configuration, which is `null` where tensors alone tell. `None`: floats.
 pub(crate) type Detected = Option<(&'static dyn Layout, Value)>;
@@ -52,18 +48,20 @@ pub(crate) fn detect<'a>(
             return Err(config_error("quantization_config", found, "it must be an object"));
         }
         return match method(found)? {
-            Some(method) => by_method(&method, found.clone()).map(Some),
+            Some(method) => by_method(&method, with_modules(&method, found.clone(), dir)?).map(Some),
             None => by_tensors(tensors, found.clone()),
         };
     }
     for (name, default) in SIDE_FILES {
         let Some(path) = dir.map(|d| d.join(name)).filter(|p| p.exists()) else { continue };
-        let found: Value = json::read(&path, json::CONFIG_LIMIT)?;
+        let found: Value = json_file::read(&path, json_file::CONFIG_LIMIT)?;
         let method = method(&found)?.unwrap_or_else(|| default.to_owned());
         return by_method(&method, found).map(Some);
     }
-    if dir.is_some_and(|d| d.join("model.safetensors.index.json.meta.json").exists()) {
-        return Err(not_yet("sinq", "model.safetensors.index.json.meta.json exists".into()));
+    for (name, method) in MODULE_FILES {
+        if dir.is_some_and(|d| d.join(name).exists()) {
+            return by_method(method, with_modules(method, json!({}), dir)?).map(Some);
+        }
     }
     by_tensors(tensors, Value::Null)
 }
@@ -80,7 +78,16 @@ pub(crate) fn detect_file<'a>(
     if !config.exists() {
         return Ok(alone);
     }
-    detect(&json::read(&config, json::CONFIG_LIMIT)?, Some(dir), tensors)
+    detect(&json_file::read(&config, json_file::CONFIG_LIMIT)?, Some(dir), tensors)
+}
+
+/// A configuration with the description of each module that its method keeps in a file of its own.
+fn with_modules(method: &str, mut config: Value, dir: Option<&Path>) -> Result<Value, FormatError> {
+    let file = MODULE_FILES.iter().find(|(_, m)| *m == method).map(|(name, _)| name);
+    if let Some(path) = file.and_then(|name| dir.map(|d| d.join(name))).filter(|p| p.exists()) {
+        config["modules"] = json_file::read(&path, json_file::CONFIG_LIMIT)?;
+    }
+    Ok(config)
 }
 
 /// The method that a configuration names, in lower case.

@@ -4,15 +4,21 @@
 //! layout was recognised before, its line in `FAMILIES` of `detect.rs` goes.
 
 mod awq;
+mod bitsandbytes;
 mod ct;
 mod fields;
 mod fp8;
 mod gguf;
 mod gptq;
+mod hqq;
 mod modelopt;
+mod module;
 mod mxfp4;
 mod parts;
+mod quanto;
 mod scales;
+mod sections;
+mod sinq;
 mod torchao;
 
 use std::collections::BTreeMap;
@@ -54,6 +60,13 @@ pub fn layouts() -> &'static [&'static dyn Layout] {
         &ct::MXFP8,
         &torchao::TORCHAO,
         &gguf::ANY,
+        &bitsandbytes::NF4,
+        &bitsandbytes::FP4,
+        &bitsandbytes::INT8,
+        // Before HQQ, whose names it shares.
+        &sinq::SINQ,
+        &hqq::HQQ,
+        &quanto::QUANTO,
     ]
 }
 
@@ -104,12 +117,15 @@ pub struct PlannedLayer<'a> {
     pub input: &'a ActSpec,
     /// Type of the bias, if there is one.
     pub bias: Option<DType>,
+    /// Type that the layout's library computes the weights in, for layouts that name one
+    /// ([`QuantizedMatrix::dtype`]).
+    pub dtype: Option<DType>,
 }
 
 impl<'a> PlannedLayer<'a> {
     /// A layer with float inputs and without bias.
     pub fn new(module: &'a str, spec: &'a QuantSpec, rows: usize, cols: usize) -> Self {
-        Self { module, rows, cols, spec, input: &ActSpec::Float, bias: None }
+        Self { module, rows, cols, spec, input: &ActSpec::Float, bias: None, dtype: None }
     }
 
     /// A tensor of this layer.
@@ -194,6 +210,11 @@ pub trait Layout: Send + Sync {
         &[]
     }
 
+    /// Parts that hold packed codes, which some libraries view as floats: their bytes are no numbers.
+    fn packed_parts(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Whether such a layer can be stored: if not, which field stands in the way and what to choose instead.
     fn can_store(&self, layer: &PlannedLayer<'_>) -> Result<(), Unsupported>;
 
@@ -216,8 +237,8 @@ pub trait Layout: Send + Sync {
         true
     }
 
-    /// Further files that other programs look for, made from [`Layout::config`].
-    fn side_files(&self, _config: &Value) -> Vec<(String, Vec<u8>)> {
+    /// Further files that other programs look for, made from [`Layout::config`] and the quantized layers.
+    fn side_files(&self, _config: &Value, _layers: &[PlannedLayer<'_>]) -> Vec<(String, Vec<u8>)> {
         Vec::new()
     }
 
@@ -226,7 +247,8 @@ pub trait Layout: Send + Sync {
         Vec::new()
     }
 
-    /// Prepares to read a checkpoint with this `quantization_config` (`null` where there is none).
+    /// Prepares to read a checkpoint with this `quantization_config` (`null` where there is none). A file beside the
+    /// weights that describes each module by its name is its field `modules`.
     fn reader(&self, config: &Value) -> Result<Box<dyn Reader>, FormatError>;
 
     /// The weights `[out, in]` as this layout's own library computes them, with its rounding.

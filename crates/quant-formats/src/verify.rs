@@ -99,7 +99,7 @@ impl Checkpoint {
     /// Reads a tensor in pieces. Tensors that are no floats are read too: the disk may fail.
     fn scan(&self, name: &str, info: &TensorInfo) -> Result<Option<NonFinite>, FormatError> {
         let Some(file) = self.file_of(name) else { return Ok(None) };
-        if !info.dtype.bits().is_multiple_of(8) {
+        if !info.dtype.bits().is_multiple_of(8) || self.holds_codes(name) {
             return file.read(name).map(|_: DenseTensor| None);
         }
         let mut found: Option<NonFinite> = None;

@@ -14,7 +14,6 @@ fn golden() -> PathBuf {
 /// All quantized checkpoints of a layout that is read, with the number of its golden files.
 fn checkpoints() -> Vec<PathBuf> {
     let dirs = fs::read_dir(golden()).unwrap().map(|e| e.unwrap().path());
-    let name = |p: &PathBuf| p.file_name().unwrap().to_string_lossy().into_owned();
     let mut found: Vec<_> =
         dirs.filter(|p| !name(p).starts_with("base-") && p.join("config.json").exists()).collect();
     found.sort();
@@ -26,13 +25,26 @@ fn checkpoints() -> Vec<PathBuf> {
     found
 }
 
+fn name(dir: &Path) -> String {
+    dir.file_name().unwrap().to_string_lossy().into_owned()
+}
+
 fn layout_of(checkpoint: &Checkpoint) -> &'static dyn Layout {
     checkpoint.reader().unwrap().expect("quantized").layout()
 }
 
 /// Beginnings of the names of golden checkpoints, and how many there are.
-const FAMILIES: [(&str, usize); 5] =
-    [("gptq-", 11), ("awq-", 3), ("autoround-", 2), ("ct-", 3), ("torchao-", 2)];
+const FAMILIES: [(&str, usize); 9] = [
+    ("gptq-", 11),
+    ("awq-", 3),
+    ("autoround-", 2),
+    ("ct-", 3),
+    ("torchao-", 2),
+    ("bnb-", 6),
+    ("hqq-", 4),
+    ("quanto-", 5),
+    ("sinq-", 3),
+];
 
 /// Checkpoints that are not written as they are, and why.
 const NOT_WRITTEN: [(&str, &str); 1] = [(
@@ -76,6 +88,8 @@ fn dequantized_weights_equal_the_peers() {
     checkpoints().iter().for_each(|dir| check_dequantized(dir));
 }
 
+/// One exception: bitsandbytes writes the offset of nested scales as text of any length; ours is padded with spaces, so
+/// that sizes are known before the offset is.
 #[test]
 fn reading_and_writing_gives_the_same_bytes() {
     for dir in checkpoints().into_iter().filter(|dir| is_written(dir)) {
@@ -85,8 +99,20 @@ fn reading_and_writing_gives_the_same_bytes() {
         assert!(modules.len() >= 8);
         for module in modules {
             let linear = checkpoint.quantized_linear(&module).unwrap().unwrap();
-            for (name, tensor) in layout.write(&linear, &module).unwrap() {
+            let written: BTreeMap<_, _> = layout.write(&linear, &module).unwrap().into_iter().collect();
+            let parts = checkpoint.tensor_infos().map(|(name, _)| name);
+            let parts: Vec<_> = parts.filter(|name| checkpoint.part_of(name) == Some(&module)).collect();
+            let bias = linear.bias.is_some().then(|| format!("{module}.bias"));
+            let mut expected: Vec<_> = parts.into_iter().chain(bias.as_deref()).collect();
+            expected.sort_unstable();
+            assert_eq!(written.keys().collect::<Vec<_>>(), expected, "{}", dir.display());
+            for (name, tensor) in written {
                 let stored = checkpoint.tensor(&name).unwrap();
+                let padded = name.contains("quant_state") && tensor.len() != stored.len();
+                if padded {
+                    assert_eq!(tensor.bytes().trim_ascii_end(), stored.bytes(), "{name}");
+                    continue;
+                }
                 assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype(), stored.shape()), "{name}");
                 assert!(tensor.bytes() == stored.bytes(), "{}: {name} differs", dir.display());
             }
@@ -103,10 +129,9 @@ fn a_plan_is_what_is_written_and_a_config_reads_back() {
         for module in checkpoint.quantized_modules() {
             let linear = checkpoint.quantized_linear(module).unwrap().unwrap();
             let (spec, rows, cols) = (linear.weight.spec(), linear.weight.rows(), linear.weight.cols());
-            let bias = linear.bias.as_ref().map(|b| b.dtype());
-            let layer =
-                PlannedLayer { bias, input: &linear.input, ..PlannedLayer::new(module, &spec, rows, cols) };
-            let plan = layout.planned(&layer);
+            let (bias, dtype) = (linear.bias.as_ref().map(|b| b.dtype()), linear.weight.dtype);
+            let layer = PlannedLayer { bias, dtype, ..PlannedLayer::new(module, &spec, rows, cols) };
+            let plan = layout.planned(&PlannedLayer { input: &linear.input, ..layer });
             let written = layout.write(&linear, module).unwrap();
             let names: Vec<_> = plan.iter().map(|p| (p.name.clone(), p.dtype, p.shape.clone())).collect();
             let made: Vec<_> = written.into_iter().map(|(n, t)| (n, t.dtype(), t.shape().to_vec())).collect();
@@ -118,7 +143,7 @@ fn a_plan_is_what_is_written_and_a_config_reads_back() {
         let config = layout.config(&stored);
         let again = layout.reader(&config).unwrap();
         assert_eq!((again.spec(), again.input()), (Some(spec), input), "{}", dir.display());
-        if layout.id().starts_with("gptq") {
+        if ["gptq", "bnb"].iter().any(|family| layout.id().starts_with(family)) {
             let theirs = &checkpoint.config()["quantization_config"];
             for (field, value) in config.as_object().unwrap().iter().filter(|(f, _)| *f != "meta") {
                 assert_eq!(value, &theirs[field], "{}: {field}", dir.display());
@@ -130,7 +155,9 @@ fn a_plan_is_what_is_written_and_a_config_reads_back() {
 /// What the tensors of every checkpoint say is enough where the configuration says nothing.
 #[test]
 fn layouts_are_recognised_by_their_tensors() {
-    for dir in checkpoints() {
+    // The sizes of Quanto's narrow codes follow from the configuration, SINQ's methods from another file.
+    let described = |dir: &PathBuf| name(dir).starts_with("quanto-") || name(dir).starts_with("sinq-");
+    for dir in checkpoints().into_iter().filter(|dir| !described(dir)) {
         let file = dir.join("model.safetensors");
         let scratch = tempfile::tempdir().unwrap();
         let bare = scratch.path().join("model.safetensors");

@@ -205,7 +205,7 @@ fn exceptions_become_rules_that_read_back() {
         let source: BTreeMap<_, _> = gptq.write(&linear, module).unwrap().into_iter().collect();
         assert_eq!(reader.read(&source, module).unwrap().weight, linear.weight, "{module}");
     }
-    let (name, bytes) = &gptq.side_files(&config)[0];
+    let (name, bytes) = &gptq.side_files(&config, &[])[0];
     assert_eq!(name, "quantize_config.json");
     assert_eq!(serde_json::from_slice::<Value>(bytes).unwrap(), config);
 }

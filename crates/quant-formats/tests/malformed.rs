@@ -1,5 +1,5 @@
 //! The hostile files of `fixtures/malformed`, as far as this crate can judge them: kinds safetensors, index,
-//! gptq, gguf, awq and ct. Every case of these kinds gets the verdict that its manifest asks for.
+//! gptq, gguf, awq, bnb and ct. Every case of these kinds gets the verdict that its manifest asks for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -139,6 +139,11 @@ fn ct() {
 #[test]
 fn gguf() {
     assert_eq!(check_kind("gguf"), 41);
+}
+
+#[test]
+fn bitsandbytes() {
+    assert_eq!(check_kind("bnb"), 9);
 }
 
 /// Opening a pipe for reading would wait for a writer for ever.

@@ -2,6 +2,7 @@
 //!
 //! - [`golden`]: reference files written by the libraries whose formats and numbers must be met
 //! - [`malformed`]: hostile model files, each with the verdict it must get
+//! - [`mutants`]: damaged copies of files, the same ones in every run
 //! - [`strategies`]: random quantized matrices for property tests
 //! - [`synthetic`]: checkpoints of any shape with random weights, and the `synth` program that writes them
 //!
@@ -16,6 +17,7 @@
 
 pub mod golden;
 pub mod malformed;
+pub mod mutants;
 pub mod strategies;
 pub mod synthetic;
 

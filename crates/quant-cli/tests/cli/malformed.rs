@@ -102,6 +102,11 @@ fn gptq() {
 }
 
 #[test]
+fn bitsandbytes() {
+    all("bnb");
+}
+
+#[test]
 fn index() {
     all("index");
 }

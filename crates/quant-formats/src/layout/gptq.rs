@@ -291,7 +291,7 @@ impl Layout for Gptq {
         config
     }
 
-    fn side_files(&self, config: &Value) -> Vec<(String, Vec<u8>)> {
+    fn side_files(&self, config: &Value, _layers: &[PlannedLayer<'_>]) -> Vec<(String, Vec<u8>)> {
         let name = match self.version {
             Version::V1 | Version::V2 | Version::Planar => "quantize_config.json",
             Version::AutoRound | Version::AutoRoundV1 => "quantization_config.json",

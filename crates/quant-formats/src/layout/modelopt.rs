@@ -214,7 +214,7 @@ impl Layout for ModelOpt {
         json!({ "quant_method": "modelopt", "quant_algo": name, "group_size": group, "ignore": ignore })
     }
 
-    fn side_files(&self, config: &Value) -> Vec<(String, Vec<u8>)> {
+    fn side_files(&self, config: &Value, _layers: &[PlannedLayer<'_>]) -> Vec<(String, Vec<u8>)> {
         let file = json!({
             "producer": { "name": "modelopt" },
             "quantization": {

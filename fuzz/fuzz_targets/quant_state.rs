@@ -1,0 +1,3 @@
+#![no_main]
+
+quant_fuzz::target!("quant_state");
