@@ -88,7 +88,7 @@ fn matrix(spec: &QuantSpec, rows: usize, cols: usize, seed: u64) -> QuantizedMat
     };
     let mut matrix = QuantizedMatrix::affine(codes, groups, scales, Offset::None, 0);
     matrix.grid = spec.grid.grid(spec.bits).unwrap();
-    if spec.grid == GridKind::Int && (!spec.symmetric || seed % 2 == 0) {
+    if spec.grid == GridKind::Int && (!spec.symmetric || seed.is_multiple_of(2)) {
         matrix.grid = quant_core::Grid::UNSIGNED;
         matrix.offset = Offset::Zero(Params::U8((0..count).map(zeros).collect()));
     }
