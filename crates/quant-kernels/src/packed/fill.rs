@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use quant_core::{Grid, Groups, Offset as Added, QuantizedMatrix};
+use quant_core::{Grid, Groups, Offset as Added, Params, QuantizedMatrix};
 
 use super::blocks::{Blocks, LONGEST};
 use super::panels::Place;
@@ -191,7 +191,12 @@ fn offset(matrix: &QuantizedMatrix, index: usize) -> f32 {
 fn format(matrix: &QuantizedMatrix, groups: &ColumnGroups, width: usize) -> Option<Format> {
     let rows = matrix.rows();
     let indices = || (0..rows).flat_map(|row| groups.list.iter().map(move |group| group.index(matrix, row)));
-    let scale = Kind::narrowest(indices().map(|i| matrix.scales.get(i)));
+    let scale = match &matrix.scales {
+        // Known without a look at each.
+        Params::F16(_) => Kind::F16,
+        Params::BF16(_) => Kind::Bf16,
+        scales => Kind::narrowest(indices().map(|i| scales.get(i))),
+    };
     let offsets = || indices().map(|i| offset(matrix, i));
     let usual = |midpoint: f32| midpoint == midpoint.trunc() && midpoint.abs() <= MIDPOINT as f32;
 
