@@ -1,6 +1,7 @@
 //! Quantize language and embedding models and run them, on a CPU.
 #![forbid(unsafe_code)]
 
+mod bench;
 pub mod calibration;
 mod config;
 mod convert;
@@ -18,6 +19,7 @@ mod synthetic;
 mod system;
 mod verify;
 
+pub use bench::{Machine, Speed, bench_model};
 pub use calibration::CalibrationSource;
 pub use config::{NonFinite, QuantizeConfig};
 pub use convert::{Conversion, ConvertConfig, ConvertedLayer, Verdict, convert};

@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod chat;
 mod convert;
 mod dequantize;
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     Lint(lint::Lint),
+    Bench(bench::Bench),
     List(list::List),
     Info(info::Info),
 }
@@ -59,6 +61,7 @@ impl Command {
             Command::Inspect(command) => command.run(output),
             Command::Verify(command) => command.run(output),
             Command::Lint(command) => command.run(output),
+            Command::Bench(command) => command.run(output),
             Command::List(command) => command.run(output),
             Command::Info(command) => command.run(output),
         }
