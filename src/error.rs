@@ -121,6 +121,14 @@ pub enum Error {
         /// Its type.
         found: String,
     },
+    /// A kernel can't be measured, or is wrong.
+    #[error("{kernel}: {reason}")]
+    Bench {
+        /// Its name.
+        kernel: String,
+        /// Why.
+        reason: String,
+    },
     /// A file can't be read or written.
     #[error("{}: {source}", .file.display())]
     Io {

@@ -19,7 +19,7 @@ mod synthetic;
 mod system;
 mod verify;
 
-pub use bench::{Machine, Speed, bench_model};
+pub use bench::{KernelReport, KernelRow, KernelShape, Machine, Speed, bench_kernels, bench_model};
 pub use calibration::CalibrationSource;
 pub use config::{NonFinite, QuantizeConfig};
 pub use convert::{Conversion, ConvertConfig, ConvertedLayer, Verdict, convert};
@@ -30,7 +30,7 @@ pub use inspect::{Inspection, bits_per_weight, inspect};
 pub use lint::lint;
 pub use model::Model;
 pub use progress::{Progress, Silent};
-pub use quant_core::{GroupSize, QuantSpec};
+pub use quant_core::{GridKind, GroupSize, QuantSpec};
 pub use quant_formats::{
     Finding, FormatError, Severity, npy_f32, read_npy_ids, remove_unfinished, resolve_model, write_file,
     write_safetensors,

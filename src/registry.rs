@@ -92,6 +92,10 @@ pub struct Info {
     pub isa: &'static str,
     /// All that the processor has.
     pub isas: Vec<&'static str>,
+    /// The greatest of them, which is in use unless it is capped.
+    pub detected: &'static str,
+    /// The cap of the environment variable `QUANT_ISA`, if it is set.
+    pub cap: Option<&'static str>,
     /// Threads of the current pool.
     pub threads: usize,
 }
@@ -104,6 +108,8 @@ pub fn info() -> Info {
         os: std::env::consts::OS,
         isa: isa::active().name(),
         isas: isa::supported().iter().map(|isa| isa.name()).collect(),
+        detected: isa::detected().name(),
+        cap: isa::cap_from_environment().ok().flatten().map(Isa::name),
         threads: rayon::current_num_threads(),
     }
 }

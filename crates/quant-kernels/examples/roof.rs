@@ -8,7 +8,10 @@ use std::time::Instant;
 
 use half::bf16;
 use ndarray::Array2;
-use quant_kernels::{HalfView, isa, matmul_nn, matmul_nt, matmul_nt_half, roof, syrk_tn_acc};
+use quant_kernels::{
+    DensePanels, DenseView, HalfView, isa, matmul_nn, matmul_nt, matmul_nt_bf16, matmul_nt_half, roof,
+    syrk_tn_acc,
+};
 
 fn matrix(rows: usize, cols: usize) -> Array2<f32> {
     let mut state = 1u32;
@@ -31,15 +34,17 @@ fn best_seconds(mut f: impl FnMut()) -> f64 {
 }
 
 fn main() {
-    let peak = roof::fma_per_second();
-    let bandwidth = roof::read_bytes_per_second();
+    let limits = roof::Roof::measure();
     println!(
-        "{} threads, {}: {:.1} GFLOP/s in registers, {:.1} GB/s read",
+        "{} threads, {}: {:.3} TFLOPS f32, {:.3} bf16, {:.3} TOPS int8, {:.1} GB/s read",
         rayon::current_num_threads(),
         isa::active(),
-        peak / 1e9,
-        bandwidth / 1e9
+        limits.f32 / 1e12,
+        limits.bf16 / 1e12,
+        limits.int8 / 1e12,
+        limits.read / 1e9
     );
+    let (peak, bandwidth) = (limits.f32, limits.read);
 
     for (m, n, k) in
         [(512, 4096, 4096), (512, 14336, 4096), (2048, 4096, 4096), (64, 4096, 4096), (16, 4096, 4096)]
@@ -47,6 +52,10 @@ fn main() {
         let (x, w, mut out) = (matrix(m, k), matrix(n, k), Array2::zeros((m, n)));
         let seconds = best_seconds(|| matmul_nt(x.view(), w.view(), out.view_mut()).unwrap());
         report("matmul_nt", [m, n, k], seconds, peak);
+        let w = w.mapv(bf16::from_f32);
+        let seconds =
+            best_seconds(|| matmul_nt_bf16(x.view(), HalfView::Bf16(w.view()), out.view_mut()).unwrap());
+        report("matmul_nt_bf16", [m, n, k], seconds, limits.bf16);
     }
     for (m, n, k) in [(4096, 3968, 128), (4096, 128, 2048), (2048, 2048, 2048)] {
         let (a, b, mut out) = (matrix(m, k), matrix(k, n), Array2::zeros((m, n)));
@@ -59,15 +68,32 @@ fn main() {
         report("syrk_tn_acc", [k, k / 2, t], seconds, peak);
     }
 
-    for m in [1, 2, 4, 8] {
+    for m in [1, 8, 512] {
         let (n, k) = (14336, 4096);
         let (x, w, mut out) = (matrix(m, k), matrix(n, k), Array2::zeros((m, n)));
         let seconds = best_seconds(|| matmul_nt(x.view(), w.view(), out.view_mut()).unwrap());
         report_stream("matmul_nt", [m, n, k], seconds, 4, bandwidth);
+        let panels = DensePanels::pack(DenseView::F32(w.view())).unwrap();
+        let seconds = best_seconds(|| panels.matmul(x.view(), out.view_mut()).unwrap());
+        report_stream("panels f32", [m, n, k], seconds, 4, bandwidth);
+        let h = w.mapv(half::f16::from_f32);
+        let panels = DensePanels::pack(DenseView::F16(h.view())).unwrap();
+        let seconds = best_seconds(|| panels.matmul(x.view(), out.view_mut()).unwrap());
+        report_stream("panels f16 exact", [m, n, k], seconds, 2, bandwidth);
+        let seconds = best_seconds(|| panels.matmul_bf16(x.view(), out.view_mut()).unwrap());
+        report_stream("panels f16 fast", [m, n, k], seconds, 2, bandwidth);
         let w = w.mapv(bf16::from_f32);
+        let panels = DensePanels::pack(DenseView::Bf16(w.view())).unwrap();
+        let seconds = best_seconds(|| panels.matmul(x.view(), out.view_mut()).unwrap());
+        report_stream("panels bf16 exact", [m, n, k], seconds, 2, bandwidth);
+        let seconds = best_seconds(|| panels.matmul_bf16(x.view(), out.view_mut()).unwrap());
+        report_stream("panels bf16 fast", [m, n, k], seconds, 2, bandwidth);
         let seconds =
             best_seconds(|| matmul_nt_half(x.view(), HalfView::Bf16(w.view()), out.view_mut()).unwrap());
-        report_stream("matmul_nt bf16", [m, n, k], seconds, 2, bandwidth);
+        report_stream("matmul_nt_half", [m, n, k], seconds, 2, bandwidth);
+        let seconds =
+            best_seconds(|| matmul_nt_bf16(x.view(), HalfView::Bf16(w.view()), out.view_mut()).unwrap());
+        report_stream("matmul_nt_bf16", [m, n, k], seconds, 2, bandwidth);
     }
 }
 

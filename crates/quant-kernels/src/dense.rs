@@ -18,8 +18,15 @@
 
 mod driver;
 mod operand;
+mod pairs;
+#[cfg(test)]
+mod pairs_tests;
+mod panels;
+#[cfg(test)]
+mod panels_tests;
 #[cfg(test)]
 mod tests;
+mod word;
 
 use half::{bf16, f16};
 use ndarray::{ArrayBase, ArrayView2, ArrayViewMut2, Axis, Ix2, RawData};
@@ -28,6 +35,10 @@ use self::driver::Product;
 pub(crate) use self::driver::{add, parts};
 use self::operand::{Expanded, Turned};
 pub(crate) use self::operand::{Left, Plain, Right, SPILL, pack_rows, rows_of};
+pub use self::pairs::matmul_nt_bf16;
+pub(crate) use self::pairs::{matmul_bf16_of_f32, multiply_bf16};
+pub use self::panels::{DensePanels, DenseView};
+use self::word::Single;
 use crate::error::ShapeError;
 
 /// Length of the blocks of the inner dimension that are summed apart. Part of the definition of a product.
@@ -123,7 +134,8 @@ pub fn syrk_tn_acc(x: ArrayView2<'_, f32>, alpha: f32, h: ArrayViewMut2<'_, f32>
     check_rows("x", &x)?;
     check_rows("h", &h)?;
     check_shape("h", [k, k], &h)?;
-    Product { alpha, left: Turned::new(x), right: Plain::new(x), beta: 1.0, depth, upper: true }.run(h);
+    let (left, right) = (Turned::new(x), Plain::new(x));
+    Product { word: Single, alpha, left, right, beta: 1.0, depth, upper: true }.run(h);
     Ok(())
 }
 
@@ -168,16 +180,17 @@ fn transpose_into(from: ArrayView2<'_, f32>, mut to: ArrayViewMut2<'_, f32>) {
 }
 
 pub(crate) fn multiply<L: Left, R: Right>(
-    [m, depth, n]: [usize; 3],
+    shape: [usize; 3],
     alpha: f32,
     left: L,
     right: R,
     beta: f32,
     out: ArrayViewMut2<'_, f32>,
 ) -> Result<(), ShapeError> {
+    let [m, depth, n] = shape;
     check_rows("out", &out)?;
     check_shape("out", [m, n], &out)?;
-    Product { alpha, left, right, beta, depth, upper: false }.run(out);
+    Product { word: Single, alpha, left, right, beta, depth, upper: false }.run(out);
     Ok(())
 }
 

@@ -124,6 +124,24 @@ pub(crate) struct Vectors {
     pub(crate) neon: Option<pulp::aarch64::Neon>,
 }
 
+/// Proof that the processor has 512-bit `vdpbf16ps`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bf16Dot(());
+
+/// No other processor has a product of bf16 with the same order of additions.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Bf16Dot {}
+
+/// The product of bf16 pairs, where [`active`] allows it.
+pub(crate) fn bf16_dot() -> Option<Bf16Dot> {
+    #[cfg(target_arch = "x86_64")]
+    return (active() == Isa::Avx512Bf16).then_some(Bf16Dot(()));
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
 impl Vectors {
     fn detect() -> Vectors {
         Vectors {

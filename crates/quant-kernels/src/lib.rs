@@ -11,6 +11,8 @@
 //! over the current rayon pool.
 
 pub mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dense;
 pub mod error;
 pub mod isa;
@@ -25,7 +27,8 @@ pub mod vec;
 
 pub use attention::{Heads, KvStore, KvType, Mask, attend, attend_stored};
 pub use dense::{
-    HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_half, mirror_upper_to_lower, syrk_tn_acc,
+    DensePanels, DenseView, HalfView, gemm_nt, matmul_nn, matmul_nt, matmul_nt_bf16, matmul_nt_half,
+    mirror_upper_to_lower, syrk_tn_acc,
 };
 pub use error::ShapeError;
 pub use isa::Isa;

@@ -84,22 +84,41 @@ impl PackedMatrix {
 
     /// `out = x · wᵀ` with `x: [m, in]`, `out: [m, out]`, exact.
     pub fn matmul(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
-        let (rows, cols) = self.shape();
-        dense::check_rows("x", &x)?;
-        dense::check_rows("out", &out)?;
-        dense::check_shape("x", [x.nrows(), cols], &x)?;
-        dense::check_shape("out", [x.nrows(), rows], &out)?;
+        let shape = self.check(&x, &out)?;
         match &self.0 {
             Layout::Panels(panels) => {
-                let gathered = panels.input.gather.as_ref().map(|features| {
-                    let columns: Vec<usize> = features.iter().map(|&f| f as usize).collect();
-                    x.select(Axis(1), &columns).as_standard_layout().into_owned()
-                });
+                let gathered = panels.gathered(x);
                 let x = gathered.as_ref().map_or(x, |gathered| gathered.view());
-                dense::multiply([x.nrows(), cols, rows], 1.0, Plain::new(x), &**panels, 0.0, out)
+                dense::multiply(shape, 1.0, Plain::new(x), &**panels, 0.0, out)
             }
-            Layout::Rows(matrix) => multiply_strips(matrix, x, out),
+            Layout::Rows(matrix) => multiply_strips(matrix, x, out, dense::matmul_nt),
         }
+    }
+
+    /// `out = x · wᵀ` with activations and weights rounded to bf16: for weights that have no product of integers.
+    ///
+    /// The bits are those of [`crate::matmul_nt_bf16`] on the weights in f32, in stored order as for
+    /// [`PackedMatrix::matmul`].
+    pub fn matmul_bf16(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
+        let shape = self.check(&x, &out)?;
+        match &self.0 {
+            Layout::Panels(panels) => {
+                let gathered = panels.gathered(x);
+                let x = gathered.as_ref().map_or(x, |gathered| gathered.view());
+                dense::multiply_bf16(shape, Plain::new(x), &**panels, out)
+            }
+            Layout::Rows(matrix) => multiply_strips(matrix, x, out, dense::matmul_bf16_of_f32),
+        }
+    }
+
+    /// Checks the operands of a product; `[m, in, out]`.
+    fn check(&self, x: &ArrayView2<'_, f32>, out: &ArrayViewMut2<'_, f32>) -> Result<[usize; 3], ShapeError> {
+        let (rows, cols) = self.shape();
+        dense::check_rows("x", x)?;
+        dense::check_rows("out", out)?;
+        dense::check_shape("x", [x.nrows(), cols], x)?;
+        dense::check_shape("out", [x.nrows(), rows], out)?;
+        Ok([x.nrows(), cols, rows])
     }
 
     /// What fast products ask of their activations, or `None` if there is no fast product for these weights:
@@ -177,11 +196,16 @@ pub fn matmul_all(
     Ok(())
 }
 
+/// `out = x · wᵀ` of matrices in f32.
+type DenseProduct =
+    fn(ArrayView2<'_, f32>, ArrayView2<'_, f32>, ArrayViewMut2<'_, f32>) -> Result<(), ShapeError>;
+
 /// Dequantizes some rows at a time and multiplies them as a dense matrix.
 fn multiply_strips(
     matrix: &QuantizedMatrix,
     x: ArrayView2<'_, f32>,
     out: ArrayViewMut2<'_, f32>,
+    product: DenseProduct,
 ) -> Result<(), ShapeError> {
     let mut strips = Vec::new();
     let mut rest = out;
@@ -196,6 +220,6 @@ fn multiply_strips(
     strips.into_par_iter().try_for_each(|(rows, out)| {
         let mut weights = Array2::zeros((rows.len(), matrix.cols()));
         matrix.dequantize_rows(rows, weights.view_mut());
-        dense::matmul_nt(x, weights.view(), out)
+        product(x, weights.view(), out)
     })
 }

@@ -6,12 +6,14 @@
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod pairs;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use half::{bf16, f16};
 
+pub(crate) use self::pairs::{pair, pair_tile, round_bf16};
 use crate::isa::Isa;
 
 /// Vectors of f32 with the shapes that suit their registers.
@@ -37,9 +39,9 @@ pub(crate) trait Vector: pulp::Simd {
     fn widen(self, numbers: &[f16], out: &mut [f32]);
 }
 
-/// A stored number that widens to f32 without rounding.
+/// What rows are made of, and the words that packed operands get from it.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
-    /// Widens some numbers; written so that it compiles to vector instructions.
+    /// The words of some elements, without rounding; written so that it compiles to vector instructions.
     fn widen<const N: usize>(numbers: &[Self; N]) -> [f32; N];
 }
 

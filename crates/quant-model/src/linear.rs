@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
 use quant_kernels::{
-    ActScales, Activations, HalfView, PackError, PackedMatrix, matmul_all, matmul_nt, matmul_nt_half, vec,
+    ActScales, Activations, DensePanels, DenseView, PackError, PackedMatrix, matmul_all, vec,
 };
 
 use crate::act;
@@ -19,7 +19,8 @@ pub enum Compute {
     /// In f32, with the bits of the dequantized weights.
     #[default]
     Exact,
-    /// In integers, with activations rounded to eight bits, where there is such a product; else as exact.
+    /// In integers, with activations rounded to eight bits, where there is such a product; else with activations and
+    /// weights rounded to bf16, or as exact where the weights have 32 bits.
     Fast,
 }
 
@@ -49,6 +50,11 @@ pub trait Linear: Send + Sync {
     /// The exact product. `x`: `[t, in]`, `out`: `[t, out]`, both with contiguous rows.
     fn forward(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError>;
 
+    /// The product with operands rounded to bf16, or the exact one where that is all there is.
+    fn forward_bf16(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
+        self.forward(x, out)
+    }
+
     /// The matrix and the bias of a layer that has a fast product.
     fn packed(&self) -> Option<(&PackedMatrix, Option<&[f32]>)> {
         None
@@ -71,7 +77,10 @@ pub(crate) fn forward_all(
         let Some((matrix, bias, input)) =
             packed.and_then(|(matrix, bias)| Some((matrix, bias, matrix.fast_input()?)))
         else {
-            linear.forward(x, out.view_mut())?;
+            match compute {
+                Compute::Exact => linear.forward(x, out.view_mut())?,
+                Compute::Fast => linear.forward_bf16(x, out.view_mut())?,
+            }
             continue;
         };
         let known = work.activations[..used].iter().position(|made| made.is_for(input));
@@ -112,7 +121,7 @@ pub fn linear(module: &str, weights: LinearWeights, conv1d: bool) -> Result<Box<
 /// The weights `[out, in]` of a layer in f32, dequantized where they are quantized.
 pub fn weight_f32(module: &str, weights: &LinearWeights, conv1d: bool) -> Result<Array2<f32>, ModelError> {
     match weights {
-        LinearWeights::Dense { weight, .. } => Ok(DenseMatrix::new(module, weight, conv1d)?.to_f32()),
+        LinearWeights::Dense { weight, .. } => Ok(dense_f32(module, weight, conv1d)?),
         LinearWeights::Quantized(layer) => Ok(layer.weight.dequantize()),
     }
 }
@@ -127,87 +136,78 @@ fn read_bias(module: &str, bias: Option<&DenseTensor>, rows: usize) -> Result<Op
     Ok(Some(bias.to_f32().map_err(|source| WeightError::Tensor { name, source })?))
 }
 
-/// A dense matrix in the type of the checkpoint: 16-bit weights stay 16 bits wide in memory.
+/// A dense matrix in the type of the checkpoint: 16-bit weights stay 16 bits wide in memory. Eight-bit and 64-bit
+/// floats become f32.
 #[derive(Clone, Debug)]
-pub enum DenseMatrix {
-    /// Full precision (also what 8-bit and 64-bit floats become).
-    F32(Array2<f32>),
-    /// IEEE binary16.
-    F16(Array2<f16>),
-    /// The upper half of an f32.
-    Bf16(Array2<bf16>),
-}
+pub struct DenseMatrix(DensePanels);
 
 impl DenseMatrix {
     /// A matrix from the tensor `name` of rank two; `transpose` swaps its dimensions.
     pub fn new(name: &str, tensor: &DenseTensor, transpose: bool) -> Result<Self, WeightError> {
-        let &[rows, cols] = tensor.shape() else {
-            let reason = format!("shape {:?} where a matrix is needed", tensor.shape());
-            return Err(WeightError::Layout { name: name.to_owned(), reason });
-        };
-        fn shaped<T: Copy>(dim: (usize, usize), transpose: bool, values: Vec<T>) -> Array2<T> {
-            let matrix = Array2::from_shape_vec(dim, values).expect("a tensor's bytes fit its shape");
-            if transpose { matrix.t().as_standard_layout().into_owned() } else { matrix }
-        }
-        let (dim, bytes) = ((rows, cols), tensor.bytes());
-        let halves = || bytes.as_chunks().0.iter();
-        Ok(match tensor.dtype() {
+        let dim = dim(name, tensor)?;
+        let halves = || tensor.bytes().as_chunks().0.iter();
+        let packed = match tensor.dtype() {
             DType::F16 => {
-                DenseMatrix::F16(shaped(dim, transpose, halves().map(|&b| f16::from_le_bytes(b)).collect()))
+                let w = shaped(dim, transpose, halves().map(|&b| f16::from_le_bytes(b)).collect());
+                DensePanels::pack(DenseView::F16(w.view()))
             }
             DType::BF16 => {
-                DenseMatrix::Bf16(shaped(dim, transpose, halves().map(|&b| bf16::from_le_bytes(b)).collect()))
+                let w = shaped(dim, transpose, halves().map(|&b| bf16::from_le_bytes(b)).collect());
+                DensePanels::pack(DenseView::Bf16(w.view()))
             }
-            _ => {
-                let values = tensor.to_f32();
-                let values =
-                    values.map_err(|source| WeightError::Tensor { name: name.to_owned(), source })?;
-                DenseMatrix::F32(shaped(dim, transpose, values))
-            }
-        })
+            _ => DensePanels::pack(DenseView::F32(dense_f32(name, tensor, transpose)?.view())),
+        };
+        Ok(DenseMatrix(packed.expect("rows are contiguous")))
     }
 
     /// `[rows, cols]`.
     pub fn dim(&self) -> (usize, usize) {
-        match self {
-            DenseMatrix::F32(w) => w.dim(),
-            DenseMatrix::F16(w) => w.dim(),
-            DenseMatrix::Bf16(w) => w.dim(),
-        }
+        self.0.shape()
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        let (rows, cols) = self.dim();
-        rows * cols * if matches!(self, DenseMatrix::F32(_)) { 4 } else { 2 }
+        self.0.bytes()
     }
 
-    /// All elements in f32.
-    pub fn to_f32(&self) -> Array2<f32> {
-        match self {
-            DenseMatrix::F32(w) => w.clone(),
-            DenseMatrix::F16(w) => w.mapv(f16::to_f32),
-            DenseMatrix::Bf16(w) => w.mapv(bf16::to_f32),
-        }
-    }
-
-    /// Row `r` in f32. `out`: `[cols]`.
+    /// Row `r` in f32. `out`: `[cols]`. Panics on another length, or if there is no such row.
     pub fn read_row(&self, r: usize, out: &mut [f32]) {
-        match self {
-            DenseMatrix::F32(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, &w)| *o = w),
-            DenseMatrix::F16(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, w)| *o = w.to_f32()),
-            DenseMatrix::Bf16(w) => out.iter_mut().zip(w.row(r)).for_each(|(o, w)| *o = w.to_f32()),
-        }
+        self.0.dequantize_row(r, out).expect("a row of the matrix");
     }
 
     /// `out = x · selfᵀ` with `x: [t, cols]`, `out: [t, rows]`.
     pub fn matmul(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
-        Ok(match self {
-            DenseMatrix::F32(w) => matmul_nt(x, w.view(), out),
-            DenseMatrix::F16(w) => matmul_nt_half(x, HalfView::F16(w.view()), out),
-            DenseMatrix::Bf16(w) => matmul_nt_half(x, HalfView::Bf16(w.view()), out),
-        }?)
+        Ok(self.0.matmul(x, out)?)
     }
+
+    /// The same with operands rounded to bf16; exact where the weights have 32 bits.
+    pub fn matmul_bf16(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
+        Ok(self.0.matmul_bf16(x, out)?)
+    }
+}
+
+/// The dimensions of a tensor of rank two.
+fn dim(name: &str, tensor: &DenseTensor) -> Result<(usize, usize), WeightError> {
+    match tensor.shape() {
+        &[rows, cols] => Ok((rows, cols)),
+        shape => {
+            let reason = format!("shape {shape:?} where a matrix is needed");
+            Err(WeightError::Layout { name: name.to_owned(), reason })
+        }
+    }
+}
+
+/// A tensor of rank two in f32; `transpose` swaps its dimensions.
+fn dense_f32(name: &str, tensor: &DenseTensor, transpose: bool) -> Result<Array2<f32>, WeightError> {
+    let dim = dim(name, tensor)?;
+    let values = tensor.to_f32().map_err(|source| WeightError::Tensor { name: name.to_owned(), source })?;
+    Ok(shaped(dim, transpose, values))
+}
+
+/// The elements of a matrix of these dimensions, turned over on demand.
+fn shaped<T: Copy>(dim: (usize, usize), transpose: bool, values: Vec<T>) -> Array2<T> {
+    let matrix = Array2::from_shape_vec(dim, values).expect("a tensor's bytes fit its shape");
+    if transpose { matrix.t().as_standard_layout().into_owned() } else { matrix }
 }
 
 /// A linear layer of floats. The matrix may be shared: a tied head is the embedding.
@@ -236,6 +236,16 @@ impl Linear for DenseLinear {
 
     fn forward(&self, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) -> Result<(), ModelError> {
         self.weight.matmul(x, out.view_mut())?;
+        add_bias(self.bias.as_deref(), out);
+        Ok(())
+    }
+
+    fn forward_bf16(
+        &self,
+        x: ArrayView2<'_, f32>,
+        mut out: ArrayViewMut2<'_, f32>,
+    ) -> Result<(), ModelError> {
+        self.weight.matmul_bf16(x, out.view_mut())?;
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }
@@ -291,6 +301,19 @@ impl Linear for PackedLinear {
             ActSpec::Float => self.weight.matmul(x, out.view_mut())?,
             _ => self.weight.matmul(act::quantize(&self.input, x).view(), out.view_mut())?,
         }
+        add_bias(self.bias.as_deref(), out);
+        Ok(())
+    }
+
+    fn forward_bf16(
+        &self,
+        x: ArrayView2<'_, f32>,
+        mut out: ArrayViewMut2<'_, f32>,
+    ) -> Result<(), ModelError> {
+        if self.input != ActSpec::Float {
+            return self.forward(x, out);
+        }
+        self.weight.matmul_bf16(x, out.view_mut())?;
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }

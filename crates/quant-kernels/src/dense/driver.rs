@@ -7,17 +7,19 @@ use rayon::prelude::*;
 
 use super::KC;
 use super::operand::{Left, Right, SPILL};
+use super::word::Word;
+use crate::pool;
 use crate::scratch::Scratch;
 use crate::simd::{self, Vector, Work, prefetch};
 
-/// Rows of a task. The packed block of the left operand, `ROWS * KC` floats = 240 KiB, shares a level-2 cache of
+/// Rows of a task. The packed block of the left operand, `ROWS * KC` words = 240 KiB, shares a level-2 cache of
 /// 512 KiB or more with what streams through; 240 is a multiple of every register tile's rows.
 const ROWS: usize = 240;
 
 /// Columns of a task: its packed left block is used this often, so packing costs a few percent.
 const COLUMNS: usize = 1024;
 
-/// Floats of the left operand that a task packs at a time, if more than one block of [`KC`] fits.
+/// Words of the left operand that a task packs at a time, if more than one block of [`KC`] fits.
 const LEFT_BUDGET: usize = ROWS * KC;
 
 /// Tasks that a large product is cut into at least, whatever the number of threads.
@@ -27,21 +29,28 @@ const TASKS: usize = 64;
 /// handing work to the pool costs.
 const SERIAL: usize = 1 << 19;
 
+/// Rows up to which a product is limited by memory and shared out statically, as part of a generation of text:
+/// handing it to rayon would cost a good part of the time of a small one.
+const FEW: usize = 8;
+
 /// Multiplications of one task at least.
 const TASK: usize = 1 << 18;
 
 /// `out = alpha * left * right + beta * out` over the inner dimension `depth`.
-pub(crate) struct Product<L, R> {
+pub(crate) struct Product<W, L, R> {
+    /// What the words of the packed operands hold.
+    pub(crate) word: W,
     pub(crate) alpha: f32,
     pub(crate) left: L,
     pub(crate) right: R,
     pub(crate) beta: f32,
+    /// In words.
     pub(crate) depth: usize,
     /// Only elements on or above the diagonal are touched.
     pub(crate) upper: bool,
 }
 
-impl<L: Left, R: Right> Product<L, R> {
+impl<W: Word, L: Left, R: Right> Product<W, L, R> {
     /// Computes the product. Shapes and strides are checked by the caller.
     pub(crate) fn run(&self, mut out: ArrayViewMut2<'_, f32>) {
         if self.depth == 0 {
@@ -54,12 +63,15 @@ impl<L: Left, R: Right> Product<L, R> {
         }
         let isa = crate::isa::active();
         let (m, n) = out.dim();
-        let tiles = self.tiles(out);
+        let mut tiles = self.tiles(out);
         let work = m.saturating_mul(n).saturating_mul(self.depth);
+        let run = |tile: &mut Tile<'_>| simd::run(isa, Task { product: self, tile });
         if tiles.len() < 2 || work <= SERIAL {
-            tiles.into_iter().for_each(|tile| simd::run(isa, Task { product: self, tile }));
+            tiles.iter_mut().for_each(run);
+        } else if m <= FEW {
+            pool::for_each(&mut tiles, run);
         } else {
-            tiles.into_par_iter().for_each(|tile| simd::run(isa, Task { product: self, tile }));
+            tiles.par_iter_mut().for_each(run);
         }
     }
 
@@ -106,27 +118,30 @@ struct Tile<'a> {
     out: ArrayViewMut2<'a, f32>,
 }
 
-struct Task<'a, L, R> {
-    product: &'a Product<L, R>,
-    tile: Tile<'a>,
+struct Task<'a, 'o, W, L, R> {
+    product: &'a Product<W, L, R>,
+    tile: &'a mut Tile<'o>,
 }
 
-impl<L: Left, R: Right> Work for Task<'_, L, R> {
+impl<W: Word, L: Left, R: Right> Work for Task<'_, '_, W, L, R> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self, simd: V) {
         let Task { product, tile: Tile { row, column, out } } = self;
-        let (m, n) = out.dim();
-        let mut out: Vec<&mut [f32]> =
-            out.into_outer_iter_mut().map(|row| row.into_slice().expect("rows are contiguous")).collect();
+        let (row, column, (m, n)) = (*row, *column, out.dim());
+        let mut out: Vec<&mut [f32]> = out
+            .view_mut()
+            .into_outer_iter_mut()
+            .map(|row| row.into_slice().expect("rows are contiguous"))
+            .collect();
 
         // Rows spread evenly over the register tiles. One tile alone may be wide; its panel then is as much
         // shorter as it is wider, so that it stays in the level-1 cache.
         let tile_rows = m.div_ceil(m.div_ceil(V::MR));
         let width = if tile_rows == m && R::WIDE { V::width(m) } else { V::NR };
-        let step = KC * V::NR / width;
-        let pass = KC * (LEFT_BUDGET / (m * KC)).max(1);
+        let step = W::BLOCK * V::NR / width;
+        let pass = W::BLOCK * (LEFT_BUDGET / (m * W::BLOCK)).max(1);
 
         let mut scratch = Scratch::take();
         let [left, panel, sums] = scratch.split([
@@ -141,14 +156,14 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
                 let at = (block.start - start) * m + i * block.len();
                 at..at + rows * block.len()
             };
-            for block in parts(start..end, KC) {
+            for block in parts(start..end, W::BLOCK) {
                 for tile in parts(0..m, tile_rows) {
                     let to = &mut left[place(&block, tile.start, tile.len()).start..];
                     product.left.pack(simd, row + tile.start..row + tile.end, block.clone(), to);
                 }
             }
             for j in (0..n).step_by(width) {
-                for block in parts(start..end, KC) {
+                for block in parts(start..end, W::BLOCK) {
                     for part in parts(block.clone(), step) {
                         let panel = &mut panel[..part.len() * width];
                         product.right.pack(simd, column + j, part.clone(), width, panel);
@@ -166,7 +181,7 @@ impl<L: Left, R: Right> Work for Task<'_, L, R> {
                             }
                             let skip = (part.start - block.start) * rows;
                             let a = &left[place(&block, tile.start, rows)][skip..skip + part.len() * rows];
-                            simd.tile(rows, width, a, panel, sums);
+                            product.word.tile(simd, rows, width, a, panel, sums);
                             if part.end == block.end {
                                 product.store(block.start == 0, to, sums, width, out, j);
                             }
@@ -185,7 +200,7 @@ struct Corner {
     column: usize,
 }
 
-impl<L, R> Product<L, R> {
+impl<W, L, R> Product<W, L, R> {
     /// Adds the sums `[rows, width]` of a block to columns `j..j + width` of the rows, as far as they reach.
     #[inline(always)]
     fn store(

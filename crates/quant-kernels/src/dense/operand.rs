@@ -1,8 +1,8 @@
-//! How the operands of a product are copied into the order in which a register tile reads them.
+//! How the operands of a product are copied into the order in which a register tile reads them, word by word.
 
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 use ndarray::{ArrayView2, Axis};
 
 use super::KC;
@@ -43,6 +43,13 @@ impl<'a> Plain<'a> {
 impl<'a, E> Turned<'a, E> {
     pub(crate) fn new(matrix: ArrayView2<'a, E>) -> Self {
         Turned(rows_of(matrix))
+    }
+}
+
+impl<'a> Turned<'a, [bf16; 2]> {
+    /// Columns two by two; a last one without a partner is left out.
+    pub(crate) fn pairs(matrix: ArrayView2<'a, bf16>) -> Self {
+        Turned(rows_of(matrix).into_iter().map(|row| row.as_chunks().0).collect())
     }
 }
 

@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use ndarray::{Array2, ArrayView2, Axis};
 use quant_core::{Grid, QuantizedMatrix};
 
 use super::act::{Input, Outlier};
@@ -131,6 +132,13 @@ impl Panels {
             input: Input { cols, blocks: blocks.clone(), gather, multiply, outliers },
             blocks,
         })
+    }
+
+    /// Activations in stored order, if that is not the order of the features.
+    pub(super) fn gathered(&self, x: ArrayView2<'_, f32>) -> Option<Array2<f32>> {
+        let features = self.input.gather.as_ref()?;
+        let columns: Vec<usize> = features.iter().map(|&f| f as usize).collect();
+        Some(x.select(Axis(1), &columns).as_standard_layout().into_owned())
     }
 
     pub(super) fn bytes(&self) -> usize {

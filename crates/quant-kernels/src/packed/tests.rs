@@ -37,12 +37,20 @@ fn check(matrix: &QuantizedMatrix) {
     let sorted = |matrix: &Array2<f32>| matrix.select(Axis(1), &order).as_standard_layout().into_owned();
     for m in [1, 2, 3, 7] {
         let x = Array::from_shape_fn((m, cols), |(i, k)| ((i * 31 + k * 17) % 23) as f32 * 0.37 - 4.0);
+        let given = &x;
         let mut expected = Array2::zeros((m, rows));
         dense::matmul_nt(sorted(&x).view(), sorted(&dense).view(), expected.view_mut()).unwrap();
         for &cap in isa::supported() {
             let mut out = Array2::zeros((m, rows));
             isa::with_cap(cap, || packed.matmul(x.view(), out.view_mut())).unwrap();
             assert!(same_bits(&out, &expected), "{m} rows, {cap}, {matrix:?}");
+            let mut rounded = Array2::zeros((m, rows));
+            isa::with_cap(cap, || {
+                let (x, w) = (sorted(&x), sorted(&dense));
+                dense::matmul_bf16_of_f32(x.view(), w.view(), rounded.view_mut()).unwrap();
+                packed.matmul_bf16(given.view(), out.view_mut()).unwrap();
+            });
+            assert!(same_bits(&out, &rounded), "bf16, {m} rows, {cap}, {matrix:?}");
         }
         check_fast(matrix, &packed, &x);
     }

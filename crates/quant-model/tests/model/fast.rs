@@ -2,6 +2,7 @@
 
 use quant_formats::Checkpoint;
 use quant_model::{Compute, Decoder};
+use quant_testkit::synthetic::{self, Arch, Shape, Storage};
 use quant_testkit::{Golden, fixtures_dir};
 
 /// Quantized checkpoints of several bits, with zero points, an activity order, biases, tied heads.
@@ -61,5 +62,31 @@ fn fast_results_depend_on_neither_threads_nor_cuts() {
             assert_eq!(run(threads, &[0, len]), whole, "{name}, {threads} threads");
             assert_eq!(run(threads, &[0, 1, 5, 6, 7, len - 1, len]), whole, "{name}, {threads} threads");
         }
+    }
+}
+
+/// Weights of 16 bits have no product of integers: they and their inputs are rounded to bf16, which errs by at most
+/// 2^-9 of each. Independent errors of two operands, uniform up to that, add to `2^-9 * sqrt(2 / 3)` = 0.16 % of a
+/// product; nine products to 0.5 %, of which twice is allowed.
+#[test]
+fn dense_models_are_near_the_exact_ones_in_bf16() {
+    let dir = tempfile::tempdir().unwrap();
+    for storage in [Storage::Bf16, Storage::F16, Storage::F32] {
+        let path = dir.path().join(format!("{storage:?}"));
+        synthetic::Checkpoint { storage, ..synthetic::Checkpoint::new(Shape::tiny(Arch::Llama)) }
+            .write(&path)
+            .unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let mut model = Decoder::load(checkpoint.config(), &checkpoint).unwrap();
+        let ids: Vec<u32> = (0..40).map(|i| i * 37 % 128).collect();
+        let exact = model.logits(&ids).unwrap();
+        model.set_compute(Compute::Fast);
+        let fast = model.logits(&ids).unwrap();
+        let square =
+            |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>();
+        let error = square(&mut fast.iter().zip(&exact).map(|(a, b)| a - b));
+        let share = (error / square(&mut exact.iter().copied())).sqrt();
+        assert!(share < 0.01, "{storage:?}: {share}");
+        assert!(share > 1e-5 || storage == Storage::F32, "{storage:?}: nothing was rounded");
     }
 }
