@@ -34,3 +34,10 @@ pub use error::ShapeError;
 pub use isa::Isa;
 pub use packed::{ActScales, Activations, Input, PackError, PackedMatrix, matmul_all};
 pub use simd::vectorized;
+
+/// So many cases of a property, fewer where `PROPTEST_CASES` says so: emulated processors are slow.
+#[cfg(test)]
+pub(crate) fn at_most(cases: u32) -> proptest::prelude::ProptestConfig {
+    let config = proptest::prelude::ProptestConfig::default();
+    proptest::prelude::ProptestConfig { cases: config.cases.min(cases), ..config }
+}

@@ -186,7 +186,7 @@ fn wrong_shapes_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(crate::at_most(40))]
 
     #[test]
     fn any_shape_obeys_the_definition(

@@ -226,7 +226,7 @@ fn wrong_shapes_and_strides_are_named() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(crate::at_most(48))]
 
     #[test]
     fn any_shape_obeys_the_definition_and_the_error_bound(

@@ -207,7 +207,7 @@ fn lengths_are_checked() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(crate::at_most(64))]
 
     #[test]
     fn reductions_stay_within_their_bounds(x in prop::collection::vec(-9.0f32..9.0, 1..200), seed in any::<u32>()) {
