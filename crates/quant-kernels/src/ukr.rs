@@ -36,6 +36,8 @@
 //! each of `table::WEIGHTS` and [`HEIGHTS`], and [`table`] names the list; the tests then hold each of them to
 //! [`scalar`].
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 pub(crate) mod scalar;
 pub(crate) mod table;
 #[cfg(test)]

@@ -392,7 +392,7 @@ fn any_matrix() -> impl Strategy<Value = QuantizedMatrix> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(crate::at_most(96))]
 
     #[test]
     fn any_matrix_multiplies_as_its_dequantized_copy(matrix in any_matrix()) {

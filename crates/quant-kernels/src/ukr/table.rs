@@ -28,6 +28,12 @@ const LISTS: &[&[Kernel]] = &[
     &super::x86::AVX512,
     #[cfg(target_arch = "x86_64")]
     &super::x86::AVX512_VNNI,
+    #[cfg(target_arch = "aarch64")]
+    &super::arm::NEON,
+    #[cfg(target_arch = "aarch64")]
+    &super::arm::NEON_DOT,
+    #[cfg(target_arch = "aarch64")]
+    &super::arm::NEON_I8MM,
 ];
 
 /// The kernels that this processor can run.

@@ -155,12 +155,12 @@ fn all() -> impl Iterator<Item = Kernel> {
     #[cfg(target_arch = "x86_64")]
     let more = x86::AVX512_VNNI_YMM.into_iter();
     #[cfg(not(target_arch = "x86_64"))]
-    let more = std::iter::empty();
+    let more = std::iter::empty::<Kernel>();
     table::supported().copied().chain(more.filter(|kernel| crate::isa::CpuFeatures::detect().has(kernel.isa)))
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(crate::at_most(24))]
 
     #[test]
     fn every_kernel_follows_the_scalar_one(case in any_case()) {

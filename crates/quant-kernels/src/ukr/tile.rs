@@ -8,7 +8,7 @@ use crate::packed::planes::{self, OUTPUTS, Part, VECTOR};
 ///
 /// # Safety
 /// Every function needs the instructions that the implementing type stands for. Pointers need not be aligned.
-pub(super) trait Vector {
+pub(super) trait Vector: Sized {
     /// Outputs of a vector: a divisor of 16.
     const LANES: usize;
     /// What [`Vector::dot`] expects subtracted from codes of 8 bits and tables: 0 or 128.
@@ -43,6 +43,25 @@ pub(super) trait Vector {
         n: usize,
         wide: bool,
     ) -> Self::Int;
+    /// `acc[r][c] += sum over i below n of weights[c][i] * activations[i * height + r]`, as [`Vector::dot`] does.
+    #[inline(always)]
+    unsafe fn accumulate<const ROWS: usize, const COLS: usize>(
+        acc: &mut [[Self::Int; COLS]; ROWS],
+        weights: &[[Self::Int; 4]; COLS],
+        activations: *const i32,
+        height: usize,
+        n: usize,
+        wide: bool,
+    ) {
+        // SAFETY: passed on.
+        unsafe { accumulate_rows::<Self, ROWS, COLS>(acc, weights, activations, height, n, wide) }
+    }
+    /// From rows to the order in which [`Vector::accumulate`] keeps its sums.
+    #[inline(always)]
+    unsafe fn interleave<const ROWS: usize, const COLS: usize>(_: &mut [[Self::Int; COLS]; ROWS]) {}
+    /// Back from that order.
+    #[inline(always)]
+    unsafe fn separate<const ROWS: usize, const COLS: usize>(_: &mut [[Self::Int; COLS]; ROWS]) {}
 
     unsafe fn to_float(words: Self::Int) -> Self::Float;
     unsafe fn splat_float(x: f32) -> Self::Float;
@@ -196,6 +215,7 @@ unsafe fn part<
             for (r, acc) in acc.iter_mut().enumerate() {
                 *acc = [V::splat(*rows.start.as_ptr().add(rest + r)); COLS];
             }
+            V::interleave(&mut acc);
             for _ in 0..block.padded as usize / planes::unit(WIDTH) {
                 if ROWS == 8 {
                     for at in at {
@@ -218,20 +238,7 @@ unsafe fn part<
                                 w[c][3] = unpack::<V, WIDTH, TABLE, { FIELD | 3 }>(at, table, center);
                             }
                         }
-                        for r in 0..ROWS {
-                            let fours = q.add(FIELD * height + r).cast::<i32>();
-                            let mut x = [V::splat(fours.read()); 4];
-                            if at_once > 1 {
-                                x[1] = V::splat(fours.add(height).read());
-                            }
-                            if at_once > 2 {
-                                x[2] = V::splat(fours.add(2 * height).read());
-                                x[3] = V::splat(fours.add(3 * height).read());
-                            }
-                            for c in 0..COLS {
-                                acc[r][c] = V::dot(acc[r][c], w[c], x, at_once, wide);
-                            }
-                        }
+                        V::accumulate(&mut acc, &w, q.add(FIELD * height).cast(), height, at_once, wide);
                     }
                 });
                 q = q.add(fields * height);
@@ -239,6 +246,7 @@ unsafe fn part<
                     *at = at.add(planes::step_bytes(WIDTH));
                 }
             }
+            V::separate(&mut acc);
 
             let (mut scale, mut offset) = ([zero; COLS], [zero; COLS]);
             for c in 0..COLS {
@@ -279,6 +287,40 @@ unsafe fn part<
             at: at[0].offset_from_unsigned(panel),
             fours: place.fours + q.offset_from_unsigned(first),
         };
+    }
+}
+
+/// [`Vector::accumulate`] with a splat of each activation.
+///
+/// # Safety
+/// The processor has the instructions of `V`; `activations` points at `n` times `height` words, of which the first
+/// `ROWS` of each field are used.
+#[expect(clippy::needless_range_loop, reason = "loops over arrays of registers, several at once")]
+#[inline(always)]
+pub(super) unsafe fn accumulate_rows<V: Vector, const ROWS: usize, const COLS: usize>(
+    acc: &mut [[V::Int; COLS]; ROWS],
+    weights: &[[V::Int; 4]; COLS],
+    activations: *const i32,
+    height: usize,
+    n: usize,
+    wide: bool,
+) {
+    for r in 0..ROWS {
+        // SAFETY: the caller's.
+        unsafe {
+            let fours = activations.add(r);
+            let mut x = [V::splat(fours.read_unaligned()); 4];
+            if n > 1 {
+                x[1] = V::splat(fours.add(height).read_unaligned());
+            }
+            if n > 2 {
+                x[2] = V::splat(fours.add(2 * height).read_unaligned());
+                x[3] = V::splat(fours.add(3 * height).read_unaligned());
+            }
+            for c in 0..COLS {
+                acc[r][c] = V::dot(acc[r][c], weights[c], x, n, wide);
+            }
+        }
     }
 }
 
@@ -332,4 +374,15 @@ unsafe fn plane<V: Vector, const PLANE: usize>(
             None => words,
         })
     }
+}
+
+/// How many products of unsigned codes up to `max` and signed bytes up to 127, in pairs, fit sixteen bits when
+/// `most` at most are summed: a power of two.
+pub(super) const fn presums(max: u8, most: usize) -> usize {
+    let pair = 2 * 127 * max as usize;
+    let mut sums = most;
+    while sums > 1 && sums * pair > i16::MAX as usize {
+        sums /= 2;
+    }
+    sums
 }

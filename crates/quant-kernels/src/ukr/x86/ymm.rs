@@ -2,10 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::presums;
 use crate::isa::Isa;
 use crate::packed::params::Kind;
-use crate::ukr::tile::{Vector, tile};
+use crate::ukr::tile::{Vector, presums, tile};
 use crate::ukr::{Call, HEIGHTS, Kernel, table};
 
 /// Kernels with the 256-bit `vpdpbusd` of AVX-VNNI: at most 12 sums in 16 registers.

@@ -2,10 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::presums;
 use crate::isa::Isa;
 use crate::packed::params::Kind;
-use crate::ukr::tile::{Vector, tile};
+use crate::ukr::tile::{Vector, presums, tile};
 use crate::ukr::{Call, HEIGHTS, Kernel, table};
 
 /// Kernels with `vpdpbusd`. A tile of 12 rows and 2 panels has 24 sums in 32 registers.
