@@ -207,11 +207,13 @@ fn processor_has(isa: Isa) -> bool {
 #[cfg(target_arch = "aarch64")]
 fn processor_has(isa: Isa) -> bool {
     use std::arch::is_aarch64_feature_detected as has;
+    // Kernels load words of packed weights, whose bytes are little-endian.
+    let neon = cfg!(target_endian = "little") && has!("neon");
     match isa {
         Isa::Scalar => true,
-        Isa::Neon => has!("neon"),
-        Isa::NeonDot => has!("neon") && has!("dotprod"),
-        Isa::NeonI8mm => has!("neon") && has!("dotprod") && has!("i8mm"),
+        Isa::Neon => neon,
+        Isa::NeonDot => neon && has!("dotprod"),
+        Isa::NeonI8mm => neon && has!("dotprod") && has!("i8mm"),
         _ => false,
     }
 }
