@@ -3,6 +3,7 @@
 //! `RAYON_NUM_THREADS=1 cargo bench --bench layouts -- gptq awq` times the layouts whose names hold one of the words,
 //! all without any. A layout is given the first kind of matrix from a list that it can store; `copy` is what copying
 //! as many bytes costs here. What is packed is read back and compared before it is timed.
+#![expect(clippy::print_stdout, reason = "a report")]
 
 use std::collections::BTreeMap;
 use std::hint::black_box;

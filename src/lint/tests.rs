@@ -154,6 +154,8 @@ fn mislabelled_versions_are_found() {
     for path in sound()
         .into_iter()
         .filter(|p| p.is_dir() && p.file_name().unwrap().to_str().unwrap().starts_with("gptq-"))
+        // Bit planes have no version that could be mistaken.
+        .filter(|p| !p.file_name().unwrap().to_str().unwrap().starts_with("gptq-p-"))
     {
         let name = path.file_name().unwrap();
         let copy = folder.path().join(name);

@@ -159,7 +159,8 @@ fn pack_octets<const BITS: usize>(values: &[u8], bytes: &mut [u8]) {
     let mut codes = [0; 8];
     codes[..last.len()].copy_from_slice(last);
     let word = gather(BITS as u8, u64::from_le_bytes(codes)).to_le_bytes();
-    rest.copy_from_slice(&word[..rest.len()]);
+    // Bytes beyond the last code are left as they are.
+    rest.iter_mut().zip(&word[..(BITS * last.len()).div_ceil(8)]).for_each(|(byte, packed)| *byte = *packed);
 }
 
 /// Eight codes of `bits` bits (1 to 8), side by side from bit 0 on, to one code per byte. Higher bits are ignored.

@@ -3,7 +3,7 @@
 //! `RAYON_NUM_THREADS=1 cargo run --release -p quant-formats --example pack` (with the name of a layout, only that
 //! one). Tensors are in memory: this is the work between the disk and the matrix, codes and parameters. Medians of
 //! several runs.
-#![allow(clippy::print_stdout)]
+#![expect(clippy::print_stdout, reason = "a report")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -6,7 +6,7 @@
 //!
 //! `bits` is 1 to 8, or `nf4`; group 0 is a whole row. Products with few rows go through 512 MB of distinct copies.
 
-#![allow(clippy::print_stdout)]
+#![expect(clippy::print_stdout, reason = "a report")]
 
 use std::sync::Arc;
 use std::time::Instant;

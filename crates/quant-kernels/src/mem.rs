@@ -81,6 +81,7 @@ impl std::fmt::Debug for Bytes {
 #[cfg(target_os = "linux")]
 fn advise_huge(bytes: &Bytes) {
     const MADV_HUGEPAGE: i32 = 14;
+    // SAFETY: the signature is that of the C library, which every program of this system is linked with.
     unsafe extern "C" {
         fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
     }

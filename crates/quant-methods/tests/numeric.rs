@@ -31,6 +31,11 @@ fn quantize(name: &str) -> Vec<(String, Result<Quantized, QuantizeError>)> {
                     (options.rtn.mse, options.gptq.mse) = (mse, mse);
                     let quantizer = quantizer(method.name, &options).unwrap();
                     let spec = QuantSpec { bits, group, symmetric, ..quantizer.default_spec() };
+                    // Types of GGUF have bits, group and symmetry of their own, and whole groups.
+                    let whole = w.ncols().is_multiple_of(group.len(w.ncols()));
+                    if quantizer.validate(&spec).is_err() || method.name.starts_with('q') && !whole {
+                        continue;
+                    }
                     let layers = vec![LayerWeights { w: w.clone(), spec }];
                     let stats = LayerStats { hessian: Some(hessian(w.ncols())) };
                     let result = quantizer.quantize(layers, stats).map(|mut all| all.remove(0));

@@ -103,7 +103,7 @@ fn sizes_that_do_not_fit_are_all_listed_at_once() {
 #[test]
 fn bits_that_the_layout_lacks_are_refused() {
     let model = TinyModel::new(Arch::Llama);
-    let run = model.quantize(&model.beside("out"), &["--bits", "5"]);
+    let run = model.quantize(&model.beside("out"), &["--bits", "5", "--format", "gptq"]);
     assert!([Some(1), Some(2)].contains(&run.code), "{run:?}");
     assert!(run.stderr.contains("bits") && run.stderr.contains('5') && run.stderr.contains('4'));
     assert!(model.left_behind().is_empty());

@@ -67,7 +67,7 @@ fn lists_and_info_are_json_too() {
         has_keys(entry, &[("description", 's'), ("available", 'b')]);
     }
     let methods = quant(&["list", "methods"]).ok().stdout;
-    assert!(methods.contains("gptq") && !methods.contains("llama"));
+    assert!(methods.contains("gptq") && !methods.contains("qwen2"));
     let info = quant(&["info", "--json", "--threads", "3"]).ok().json();
     assert_eq!(info["threads"], 3);
     assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));

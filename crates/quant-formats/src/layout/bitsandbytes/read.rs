@@ -27,7 +27,7 @@ pub(super) struct BnbReader {
     kind: Kind,
     nested: bool,
     /// Magnitude from which on input features stay float; only for 8 bits.
-    threshold: Option<f32>,
+    threshold: f32,
 }
 
 /// What the headers of a layer say.
@@ -66,9 +66,9 @@ impl BnbReader {
             _ => by_tensors,
         };
         let threshold = match config.get("llm_int8_threshold") {
-            None | Some(Value::Null) => Some(6.0),
+            None | Some(Value::Null) => 6.0,
             Some(value) => match value.as_f64() {
-                Some(t) if (0.0..=f64::from(f32::MAX)).contains(&t) => Some(t as f32).filter(|&t| t > 0.0),
+                Some(t) if (0.0..=f64::from(f32::MAX)).contains(&t) => t as f32,
                 _ => return Err(wrong("llm_int8_threshold", value, "it must not be negative")),
             },
         };
@@ -77,7 +77,8 @@ impl BnbReader {
 
     /// Activations are rounded at run time, but for features that reach the threshold.
     fn input_8bit(&self) -> ActSpec {
-        let (grid, per, outlier_threshold) = (ActGrid::Int8, ActGroup::Token, self.threshold);
+        // Also of 0, which means no outliers: the steps of LLM.int8 are a 127th of the largest number.
+        let (grid, per, outlier_threshold) = (ActGrid::Int8, ActGroup::Token, Some(self.threshold));
         ActSpec::Dynamic { grid, per, symmetric: true, outlier_threshold }
     }
 
