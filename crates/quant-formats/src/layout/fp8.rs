@@ -91,6 +91,11 @@ impl Fp8 {
     /// Inputs are quantized by whoever runs the model, whether or not they were when it was made.
     fn check_input(&self, input: &ActSpec) -> Result<(), Unsupported> {
         match input {
+            ActSpec::Static { .. } if self.kind == Kind::Fbgemm => self.refuse(
+                "quantized activations",
+                "with a static scale",
+                "its inputs have a scale per token",
+            ),
             ActSpec::Float
             | ActSpec::Static { grid: ActGrid::E4M3, zero: 0, .. }
             | ActSpec::Dynamic { grid: ActGrid::E4M3, symmetric: true, outlier_threshold: None, .. } => {
