@@ -83,6 +83,8 @@ fn matrix(spec: &QuantSpec, rows: usize, cols: usize, seed: u64) -> QuantizedMat
     let middle = 1u8 << (spec.bits - 1);
     let zeros = |i: usize| match spec.symmetric {
         true => middle,
+        // Of one bit only 0 is not the middle.
+        false if spec.bits == 1 => 0,
         // One that is not in the middle comes first.
         false => ((noise(seed + 2, i) % (kinds - 1)) as u8 + 1) | u8::from(i == 0),
     };

