@@ -2,6 +2,7 @@
 //!
 //! Reads and writes blocks of every type on one thread, in GB of blocks per second, and says how long a model takes
 //! to open.
+#![expect(clippy::print_stdout, reason = "a report")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -27,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for name in types {
         let ty = GgmlType::from_name(name).ok_or("a type")?;
         let row = SHAPE.1 / ty.block_len() * ty.block_bytes();
-        let bytes: Vec<u8> = (0..SHAPE.0 * row).map(|i| (i * 73 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..SHAPE.0 * row).map(|i| ((i * 73) >> 3) as u8).collect();
         let tensor = DenseTensor::new(DType::U8, vec![SHAPE.0, row], bytes)?;
         let source: BTreeMap<_, _> = [(format!("m.{name}"), tensor)].into();
         let reader = layout("gguf")?.reader(&serde_json::Value::Null)?;

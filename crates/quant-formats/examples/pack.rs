@@ -59,7 +59,7 @@ impl TensorSource for Source {
 
 fn matrix(id: &str, bits: u8, grid: GridKind, group: GroupSize) -> QuantizedMatrix {
     let max = (1usize << bits) - 1;
-    let values: Vec<u8> = (0..ROWS * COLS).map(|i| (i * 7 / 3 & max) as u8 & 0x7E).collect();
+    let values: Vec<u8> = (0..ROWS * COLS).map(|i| ((i * 7 / 3) & max) as u8 & 0x7E).collect();
     let codes = Codes::from_values(bits, ROWS, COLS, &values).expect("codes fit");
     let groups = group.groups(ROWS, COLS);
     let count = groups.count(ROWS, COLS);

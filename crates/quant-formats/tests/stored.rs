@@ -147,7 +147,7 @@ fn layer(id: &str, noise: &mut Noise) -> QuantizedLinear {
             let (rows, cols) = (rows.div_ceil(8) * 32, len * (1 + noise.next() % 3));
             let count = rows * cols / len;
             let halves = |noise: &mut Noise, n: usize| (0..n).map(|_| f16::from_f32(noise.float())).collect();
-            let tiled = noise.next() % 3 == 0;
+            let tiled = noise.next().is_multiple_of(3);
             let (scales, zeros) = match noise.next() % 2 {
                 0 if !tiled => {
                     let x = |noise: &mut Noise| (0..count).map(|_| noise.next() as u8).collect();
@@ -161,7 +161,7 @@ fn layer(id: &str, noise: &mut Noise) -> QuantizedLinear {
                     let zeros = Offset::Zero(noise.floats(count, DType::F16));
                     (
                         noise.floats(count, DType::F16),
-                        if noise.next() % 3 == 0 { Offset::None } else { zeros },
+                        if noise.next().is_multiple_of(3) { Offset::None } else { zeros },
                     )
                 }
             };
@@ -181,7 +181,7 @@ fn layer(id: &str, noise: &mut Noise) -> QuantizedLinear {
         let (grid, per) = (ActGrid::Int8, ActGroup::Token);
         linear.input = ActSpec::Dynamic { grid, per, symmetric: true, outlier_threshold: Some(5.5) };
     }
-    if noise.next() % 2 == 0 {
+    if noise.next().is_multiple_of(2) {
         let rows = linear.weight.rows();
         linear.bias = Some(DenseTensor::from_f32_as_f16(&[rows], &vec![0.25; rows]));
     }
