@@ -149,9 +149,7 @@ fn check(layout: &dyn Layout, layer: &PlannedLayer<'_>, seed: u64) {
 fn what_can_be_stored_comes_back() {
     let mut stored: BTreeMap<&str, usize> = BTreeMap::new();
     let inputs = inputs();
-    // Blocks of GGUF have tests of their own.
-    let files = || layouts().iter().filter(|layout| layout.id() != "gguf");
-    for (l, layout) in files().enumerate() {
+    for (l, layout) in layouts().iter().enumerate() {
         for (g, group) in GROUPS.into_iter().enumerate() {
             for (k, grid) in GRIDS.into_iter().enumerate() {
                 for scales in SCALES {
@@ -179,7 +177,7 @@ fn what_can_be_stored_comes_back() {
             }
         }
     }
-    for layout in files() {
+    for layout in layouts() {
         assert!(stored.get(layout.id()).is_some_and(|&n| n > 0), "{} stores nothing here", layout.id());
     }
 }

@@ -154,6 +154,9 @@ impl Layout for Gguf {
                 format!("rows of {ty} are blocks of {block} inputs; choose another type or --exclude it");
             return Err(unsupported("input size", layer.cols, remedy));
         }
+        if *layer.input != ActSpec::Float {
+            return Err(unsupported("quantized activations", "beside codes", "choose another layout"));
+        }
         if *layer.spec == spec_of(codec) {
             return Ok(());
         }
@@ -168,9 +171,6 @@ impl Layout for Gguf {
         if layer.spec.act_order {
             let remedy = "gguf has consecutive groups only; choose a layout with act-order, or requantize";
             return Err(unsupported("groups", "in activation order", remedy));
-        }
-        if *layer.input != ActSpec::Float {
-            return Err(unsupported("quantized activations", "beside codes", "choose another layout"));
         }
         recode::possible(layer.spec, codec)
     }

@@ -64,7 +64,7 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
     let invalid = |source: MatrixError| FormatError::Matrix { module: String::new(), source };
     let mut out = Codes::zeros(codec.bits, rows, cols).map_err(invalid)?;
     let count = rows * cols / group;
-    let (mut scales, mut shifts) = (Vec::with_capacity(count), Vec::new());
+    let (mut scales, mut shifts, mut exponents) = (Vec::with_capacity(count), Vec::new(), Vec::new());
     let (mut codes, mut row) = (vec![0; cols], vec![0; cols]);
     for r in 0..rows {
         matrix.codes.unpack_row(r, &mut codes);
@@ -74,13 +74,20 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
                 return Err(unsupported("groups", "that end elsewhere", remedy).into());
             }
             let g = matrix.groups.index(r, start, cols);
-            let scale = exact_half("scale", f64::from(matrix.scales.get(g) * unit), codec)?;
-            scales.push(scale);
+            let scale = f64::from(matrix.scales.get(g) * unit);
+            match (codec.form, &matrix.scales) {
+                (Form::Exponent, Params::E8M0(stored)) => exponents.push(stored[g]),
+                (Form::Exponent, _) => {
+                    let remedy = format!("{} has powers of two and nothing above them", codec.ty);
+                    return Err(unsupported("scales", "under a common factor", remedy).into());
+                }
+                _ => scales.push(exact_half("scale", scale, codec)?),
+            }
             let zero = match (&matrix.offset, codec.form) {
                 (Offset::None, _) => 0.0,
                 (Offset::Zero(zeros), Form::ScaleShift) => {
                     // The product of two f32 is exact in f64.
-                    let shift = -scale.to_f64() * f64::from(zeros.get(g));
+                    let shift = -scale * f64::from(zeros.get(g));
                     shifts.push(exact_half("shift", shift, codec)?);
                     0.0
                 }
@@ -101,7 +108,7 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
         out.set_row(r, &row);
     }
     let (scales, offset) = match codec.form {
-        Form::Exponent => (matrix.scales.clone(), Offset::None),
+        Form::Exponent => (Params::E8M0(exponents), Offset::None),
         Form::ScaleShift => {
             shifts.resize(scales.len(), f16::ZERO);
             (Params::F16(scales), Offset::Shift { param: Params::F16(shifts), sign: 1.0 })
@@ -131,9 +138,6 @@ fn code(matrix: &QuantizedMatrix, code: u8, zero: f32, unit: f32, target: &Codec
 
 /// A parameter that f16 holds exactly.
 fn exact_half(part: &'static str, value: f64, codec: &Codec) -> Result<f16, Unsupported> {
-    if codec.form == Form::Exponent {
-        return Ok(f16::ZERO);
-    }
     let rounded = f16::from_f64(value);
     match rounded.to_f64() == value {
         true => Ok(rounded),
