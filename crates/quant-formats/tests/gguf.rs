@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quant_formats::{Checkpoint, GgmlType, GgufFile, GgufWriter, Metadata, SafetensorsFile};
+use quant_formats::{Checkpoint, GgmlType, GgufFile, GgufWriter, Metadata};
+use quant_testkit::Golden;
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden")
@@ -23,16 +24,11 @@ fn dequantized_weights_equal_those_of_gguf_py() {
     for dir in folders() {
         let checkpoint = Checkpoint::open(dir.join("model.gguf")).unwrap();
         let layout = checkpoint.reader().unwrap().unwrap().layout();
-        let expected = SafetensorsFile::open(dir.join("expected.safetensors")).unwrap();
         let mut compared = 0;
-        for name in expected.names().filter(|n| n.starts_with("dequant.")) {
-            let module = name.strip_prefix("dequant.").unwrap();
-            let linear = checkpoint.quantized_linear(module).unwrap().expect("quantized");
-            let peer = expected.read(name).unwrap().to_f32().unwrap();
-            for (i, (a, b)) in layout.dequantize_like_peer(&linear.weight).iter().zip(&peer).enumerate() {
-                assert_eq!(a.to_bits(), b.to_bits(), "{}: {module}, element {i}: {a} and {b}", dir.display());
-                compared += 1;
-            }
+        for expected in Golden::read(&dir.join("expected.safetensors")).dequantized() {
+            let linear = checkpoint.quantized_linear(&expected.name).unwrap().expect("quantized");
+            expected.check(layout.dequantize_like_peer(&linear.weight).view());
+            compared += expected.shape[0] * expected.shape[1];
         }
         assert_eq!(compared, 2 * 256 * 256);
     }

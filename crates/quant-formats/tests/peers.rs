@@ -7,6 +7,7 @@ use std::path::Path;
 use half::f16;
 use quant_core::{DType, DenseTensor};
 use quant_formats::{SafetensorsFile, TensorSource, layout};
+use quant_testkit::{Dequantized, Golden};
 use serde_json::json;
 
 fn golden(name: &str) -> SafetensorsFile {
@@ -19,16 +20,14 @@ fn text(text: &str) -> DenseTensor {
     DenseTensor::new(DType::U8, vec![text.len()], text.as_bytes()).unwrap()
 }
 
-fn assert_same(ours: &[f32], peer: &[f32], what: &str) {
-    assert_eq!(ours.len(), peer.len(), "{what}");
-    for (i, (a, b)) in ours.iter().zip(peer).enumerate() {
-        assert_eq!(a.to_bits(), b.to_bits(), "{what}, element {i}: {a} and {b}");
-    }
+/// What the library decoded, by key.
+fn decoded(name: &str) -> BTreeMap<String, Dequantized> {
+    Golden::open(name).dequantized().into_iter().map(|peer| (peer.name.clone(), peer)).collect()
 }
 
 #[test]
 fn bitsandbytes_blocks_of_every_size_nested_and_plain() {
-    let file = golden("bnb-primitives");
+    let (file, decoded) = (golden("bnb-primitives"), decoded("bnb-primitives"));
     let read = |name: &str| file.read(name).unwrap();
     let mut count = 0;
     for name in file.names().filter(|n| n.ends_with(".packed")) {
@@ -60,9 +59,7 @@ fn bitsandbytes_blocks_of_every_size_nested_and_plain() {
         let layout = layout(&format!("bnb_{kind}")).unwrap();
         let reader = layout.reader(&serde_json::Value::Null).unwrap();
         let linear = reader.read(&tensors, "m").unwrap();
-        let ours = layout.dequantize_like_peer(&linear.weight);
-        let peer = read(&format!("{key}.dequant")).to_f32().unwrap();
-        assert_same(ours.as_slice().unwrap(), &peer, key);
+        decoded[key].check(layout.dequantize_like_peer(&linear.weight).view());
         for (name, tensor) in layout.write(&linear, "m").unwrap() {
             let stored = TensorSource::read(&tensors, &name).unwrap();
             assert_eq!(tensor.bytes().trim_ascii_end(), stored.bytes().trim_ascii_end(), "{key}: {name}");
@@ -74,7 +71,7 @@ fn bitsandbytes_blocks_of_every_size_nested_and_plain() {
 
 #[test]
 fn sinq_matrices_of_every_method() {
-    let file = golden("sinq-primitives");
+    let (file, decoded) = (golden("sinq-primitives"), decoded("sinq-primitives"));
     let read = |name: &str| file.read(name).unwrap();
     let mut count = 0;
     for name in file.names().filter(|n| n.ends_with(".W_q")) {
@@ -125,11 +122,9 @@ fn sinq_matrices_of_every_method() {
         if method == "sinq_quantAux" {
             continue;
         }
-        let weights = linear.weight.dequantize();
-        let peer = read(&format!("{key}.dequant"));
-        let rounded = |w: &f32| if peer.dtype() == DType::F16 { f16::from_f32(*w).to_f32() } else { *w };
-        let ours: Vec<f32> = weights.iter().map(rounded).collect();
-        assert_same(&ours, &peer.to_f32().unwrap(), key);
+        let peer = &decoded[key];
+        let rounded = |w: f32| if peer.half { f16::from_f32(w).to_f32() } else { w };
+        peer.check(linear.weight.dequantize().mapv(rounded).view());
         count += 1;
     }
     assert!(count >= 12, "{count}");

@@ -21,4 +21,4 @@ pub mod mutants;
 pub mod strategies;
 pub mod synthetic;
 
-pub use golden::{Golden, assets, fixtures_dir};
+pub use golden::{Dequantized, Golden, assets, fixtures_dir};
