@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use self::read::BnbReader;
 use self::state::State;
 use super::module::{self, Tensors};
+use super::parts;
 use super::sections::unpack_flat;
 use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
@@ -69,7 +70,7 @@ pub(super) struct Bnb {
 
 impl Bnb {
     fn unsupported(&self, field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-        Unsupported { layout: self.id(), field, found: found.to_string(), remedy: remedy.to_string() }
+        parts::unsupported(self.id(), field, found, remedy)
     }
 
     fn grid(&self) -> (GridKind, u8) {

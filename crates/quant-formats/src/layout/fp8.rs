@@ -17,7 +17,7 @@ use quant_core::{
 use serde_json::{Value, json};
 
 use super::fields::{field, wrong};
-use super::parts::{self, FLOATS, Parts, Writing, floats, unsupported};
+use super::parts::{self, FLOATS, Parts, Writing, params, unsupported};
 use super::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, scales};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
@@ -360,7 +360,7 @@ impl Reader for Fp8Reader {
         let weight = parts.read("weight")?;
         codes.row_chunks_mut(rows).for_each(|all| all.copy_from_slice(weight.bytes()));
         let scale = self.kind.scale();
-        let stored = floats(&parts.read(scale)?);
+        let stored = params(&parts.read(scale)?);
         let stored = stored.map_err(|source| FormatError::Tensor { tensor: parts.name(scale), source })?;
         let scales = if self.kind == Kind::Inverse { Params::Inverse(Box::new(stored)) } else { stored };
         let mut weight = QuantizedMatrix::affine(codes, groups, scales, Offset::None, 0);

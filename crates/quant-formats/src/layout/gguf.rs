@@ -12,12 +12,13 @@ mod tests;
 
 use ndarray::Array2;
 use quant_core::{
-    ActSpec, DType, DenseTensor, GridKind, GroupSize, ParamsKind, QuantSpec, QuantizedLinear, QuantizedMatrix,
+    DType, DenseTensor, GridKind, GroupSize, ParamsKind, QuantSpec, QuantizedLinear, QuantizedMatrix,
 };
 use serde_json::{Value, json};
 
 use self::codec::{CODECS, Codec, Form, GridOf, codec};
 use super::{Container, Layout, PlannedLayer, Reader, StoredModel, TensorSource};
+use super::{module as modules, parts};
 use crate::error::{FormatError, Unsupported};
 use crate::gguf::GgmlType;
 use crate::sink::PlannedTensor;
@@ -49,7 +50,7 @@ pub(super) struct Gguf {
 }
 
 fn unsupported(field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-    Unsupported { layout: "gguf", field, found: found.to_string(), remedy: remedy.to_string() }
+    parts::unsupported("gguf", field, found, remedy)
 }
 
 /// The tensor that holds the blocks of a module.
@@ -154,9 +155,7 @@ impl Layout for Gguf {
                 format!("rows of {ty} are blocks of {block} inputs; choose another type or --exclude it");
             return Err(unsupported("input size", layer.cols, remedy));
         }
-        if *layer.input != ActSpec::Float {
-            return Err(unsupported("quantized activations", "beside codes", "choose another layout"));
-        }
+        parts::float_input("gguf", layer.input)?;
         if *layer.spec == spec_of(codec) {
             return Ok(());
         }
@@ -192,14 +191,8 @@ impl Layout for Gguf {
         module: &str,
     ) -> Result<Vec<(String, DenseTensor)>, FormatError> {
         let matrix = &linear.weight;
-        let invalid = |source| FormatError::Matrix { module: module.to_owned(), source };
-        matrix.validate().map_err(invalid)?;
-        if linear.low_rank.is_some() {
-            return Err(unsupported("a low-rank part", "beside codes", "merge it first").into());
-        }
-        if linear.input != ActSpec::Float {
-            return Err(unsupported("quantized activations", "beside codes", "choose another layout").into());
-        }
+        modules::check_plain("gguf", linear, module)?;
+        parts::float_input("gguf", &linear.input)?;
         let own = CODECS.iter().find(|codec| self.ty.is_none_or(|ty| ty == codec.ty) && codec.fits(matrix));
         let (codec, bytes) = match own {
             Some(codec) => (codec, codec.write(matrix)),

@@ -18,12 +18,13 @@ mod read;
 
 use ndarray::Array2;
 use quant_core::{
-    ActSpec, DType, DenseTensor, GridKind, GroupSize, Groups, ParamsKind, QuantizedLinear, QuantizedMatrix,
+    DType, DenseTensor, GridKind, GroupSize, Groups, ParamsKind, QuantizedLinear, QuantizedMatrix,
 };
 use serde_json::{Value, json};
 
 use self::read::{HqqReader, spec_of};
 use super::module::{self, Tensors};
+use super::parts;
 use super::sections::Packing;
 use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
@@ -119,7 +120,7 @@ impl View {
 
 impl Hqq {
     fn unsupported(&self, field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-        Unsupported { layout: self.id(), field, found: found.to_string(), remedy: remedy.to_string() }
+        parts::unsupported(self.id(), field, found, remedy)
     }
 
     /// View and packing of a matrix that can be stored.
@@ -183,10 +184,7 @@ impl Layout for Hqq {
         if !matches!(spec.scales, ParamsKind::F16 | ParamsKind::BF16 | ParamsKind::F32) {
             return Err(self.unsupported("scales", "of this type", "it has scales of F16, BF16 or F32"));
         }
-        if *input != ActSpec::Float {
-            return Err(self.unsupported("activations", "quantized", "choose another layout"));
-        }
-        Ok(())
+        parts::float_input(self.id(), input)
     }
 
     fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor> {

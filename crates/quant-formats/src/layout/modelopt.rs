@@ -15,7 +15,7 @@ use quant_core::{
 use serde_json::{Value, json};
 
 use super::fields::{field, wrong};
-use super::parts::{Parts, Writing, floats, unsupported};
+use super::parts::{Parts, Writing, params, unsupported};
 use super::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, ct, scales};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
@@ -315,7 +315,7 @@ impl Reader for ModelOptReader {
         let mut codes = Codes::zeros(spec.bits, rows, cols).map_err(|e| parts.invalid(e))?;
         let weight = parts.read("weight")?;
         codes.row_chunks_mut(rows).for_each(|all| all.copy_from_slice(weight.bytes()));
-        let stored = floats(&parts.read("weight_scale")?);
+        let stored = params(&parts.read("weight_scale")?);
         let stored =
             stored.map_err(|source| FormatError::Tensor { tensor: parts.name("weight_scale"), source })?;
         let (groups, scales) = match algorithm {

@@ -3,14 +3,13 @@
 use half::{bf16, f16};
 use quant_core::{
     Codes, DType, DenseTensor, Grid, GridKind, Offset, Params, ParamsKind, QuantizedLinear, QuantizedMatrix,
-    TensorError,
 };
 use rayon::prelude::*;
 use serde_json::Value;
 
 use super::StoredModel;
-use super::parts::Parts;
-use crate::error::{FormatError, Unsupported};
+use super::parts::{self, Parts, unsupported};
+use crate::error::FormatError;
 
 /// Longest text in a tensor that a layout reads as its own description.
 const TEXT_LIMIT: usize = 4096;
@@ -98,7 +97,8 @@ impl<'a> Parts<'a> {
 
     /// Reads parameters as they are stored: F16, BF16, F32 or U8.
     pub(super) fn params(&self, part: &str) -> Result<Params, FormatError> {
-        params(&self.read(part)?).map_err(|source| FormatError::Tensor { tensor: self.name(part), source })
+        parts::params(&self.read(part)?)
+            .map_err(|source| FormatError::Tensor { tensor: self.name(part), source })
     }
 
     /// A text in a U8 tensor, in which some layouts say what they are. `None` where there is no such part.
@@ -166,28 +166,6 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Parameters as they are stored: F16, BF16, F32 or U8.
-pub(super) fn params(tensor: &DenseTensor) -> Result<Params, TensorError> {
-    let bytes = tensor.bytes();
-    Ok(match tensor.dtype() {
-        DType::F16 => Params::F16(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect()),
-        DType::BF16 => Params::BF16(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect()),
-        DType::U8 => Params::U8(bytes.to_vec()),
-        _ => Params::F32(tensor.to_f32()?),
-    })
-}
-
-/// Type and bytes of parameters that are stored as they are.
-pub(super) fn param_bytes(params: &Params) -> Option<(DType, Vec<u8>)> {
-    Some(match params {
-        Params::F32(v) => (DType::F32, v.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Params::F16(v) => (DType::F16, v.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Params::BF16(v) => (DType::BF16, v.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Params::U8(v) => (DType::U8, v.clone()),
-        _ => return None,
-    })
-}
-
 /// Collects the tensors that are written for one module.
 pub(super) struct Tensors<'a> {
     module: &'a str,
@@ -223,12 +201,12 @@ impl<'a> Tensors<'a> {
         params: &Params,
         layout: &'static str,
     ) -> Result<(), FormatError> {
-        match param_bytes(params) {
+        let plain = parts::plain_bytes(params);
+        match plain.filter(|(dtype, _)| FLOATS.0.contains(dtype) || *dtype == DType::U8) {
             Some((dtype, bytes)) => self.add(part, dtype, shape, bytes),
             None => {
-                let (field, found) = ("parameters", "of two levels or one byte".to_owned());
                 let remedy = format!("{layout} stores {part} as F16, BF16 or F32; choose another layout");
-                Err(Unsupported { layout, field, found, remedy }.into())
+                Err(unsupported(layout, "parameters", "of two levels or one byte", remedy).into())
             }
         }
     }
@@ -247,20 +225,12 @@ pub(super) fn check_plain(
     linear: &QuantizedLinear,
     module: &str,
 ) -> Result<(), FormatError> {
-    let matrix = &linear.weight;
-    matrix.validate().map_err(|source| FormatError::Matrix { module: module.to_owned(), source })?;
-    let extra = [
-        ("row scales", matrix.row_scale.is_some()),
-        ("column scales", matrix.col_scale.is_some()),
-        ("columns in another order", matrix.input_perm.is_some()),
-        ("outlier columns", matrix.outliers.is_some()),
-        ("a low-rank part", linear.low_rank.is_some()),
-    ];
-    match extra.iter().find(|(_, present)| *present) {
+    parts::check_parts(layout, linear, module)?;
+    match linear.weight.input_perm {
         None => Ok(()),
-        Some((field, _)) => {
-            let (found, remedy) = ("beside codes".to_owned(), "choose another layout".to_owned());
-            Err(Unsupported { layout, field, found, remedy }.into())
+        Some(_) => {
+            let remedy = "choose another layout";
+            Err(unsupported(layout, "columns in another order", "beside codes", remedy).into())
         }
     }
 }

@@ -164,14 +164,15 @@ pub(super) fn groups_of(of_col: Vec<u32>, count: usize, len: usize) -> (Groups, 
     (Groups::Index { of_col: of_col.into(), count }, None)
 }
 
-/// Parameters of a tensor of plain floats.
-pub(super) fn floats(tensor: &DenseTensor) -> Result<Params, quant_core::TensorError> {
+/// Parameters as they are stored: floats of any width, or bytes.
+pub(super) fn params(tensor: &DenseTensor) -> Result<Params, quant_core::TensorError> {
     let bytes = tensor.bytes();
     Ok(match tensor.dtype() {
         DType::F16 => Params::F16(elements(bytes, f16::from_le_bytes)),
         DType::BF16 => Params::BF16(elements(bytes, bf16::from_le_bytes)),
         DType::F8E8M0 => Params::E8M0(bytes.to_vec()),
         DType::F8E4M3 => Params::E4M3(bytes.to_vec()),
+        DType::U8 => Params::U8(bytes.to_vec()),
         _ => Params::F32(tensor.to_f32()?),
     })
 }
@@ -205,6 +206,7 @@ pub(super) fn plain_bytes(params: &Params) -> Option<(DType, Vec<u8>)> {
         Params::BF16(v) => (DType::BF16, two(v.iter().map(|v| v.to_le_bytes()).collect())),
         Params::E8M0(v) => (DType::F8E8M0, v.clone()),
         Params::E4M3(v) => (DType::F8E4M3, v.clone()),
+        Params::U8(v) => (DType::U8, v.clone()),
         _ => return None,
     })
 }
@@ -235,19 +237,8 @@ impl<'a> Writing<'a> {
         linear: &'a QuantizedLinear,
         module: &'a str,
     ) -> Result<Self, FormatError> {
-        let matrix = &linear.weight;
-        let writing = Self { linear, module, layout };
-        matrix.validate().map_err(|source| FormatError::Matrix { module: module.to_owned(), source })?;
-        let extra = [
-            ("row scales", matrix.row_scale.is_some()),
-            ("column scales", matrix.col_scale.is_some()),
-            ("outlier columns", matrix.outliers.is_some()),
-            ("a low-rank part", linear.low_rank.is_some()),
-        ];
-        match extra.into_iter().find(|(_, present)| *present) {
-            Some((part, _)) => Err(writing.unsupported(part, "beside codes", "choose another layout").into()),
-            None => Ok(writing),
-        }
+        check_parts(layout, linear, module)?;
+        Ok(Self { linear, module, layout })
     }
 
     pub(super) fn unsupported(
@@ -334,6 +325,28 @@ impl<'a> Writing<'a> {
     }
 }
 
+/// Fails on what only few layouts have beside codes, scales and offsets: factors per row or column, outliers, a low-rank
+/// part. Checks that the matrix is consistent first.
+pub(super) fn check_parts(
+    layout: &'static str,
+    linear: &QuantizedLinear,
+    module: &str,
+) -> Result<(), FormatError> {
+    let matrix = &linear.weight;
+    matrix.validate().map_err(|source| FormatError::Matrix { module: module.to_owned(), source })?;
+    let extra = [
+        ("row scales", matrix.row_scale.is_some()),
+        ("column scales", matrix.col_scale.is_some()),
+        ("outlier columns", matrix.outliers.is_some()),
+        ("a low-rank part", linear.low_rank.is_some()),
+    ];
+    match extra.into_iter().find(|(_, present)| *present) {
+        Some((part, _)) => Err(unsupported(layout, part, "beside codes", "choose another layout").into()),
+        None => Ok(()),
+    }
+}
+
+/// A refusal of a layout.
 pub(super) fn unsupported(
     layout: &'static str,
     field: &'static str,

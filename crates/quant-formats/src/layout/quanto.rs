@@ -18,13 +18,14 @@ mod read;
 
 use ndarray::Array2;
 use quant_core::{
-    ActSpec, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind, QuantSpec,
+    DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind, QuantSpec,
     QuantizedLinear, QuantizedMatrix,
 };
 use serde_json::{Map, Value, json};
 
 use self::read::QuantoReader;
 use super::module::{self, Tensors};
+use super::parts;
 use super::sections::Packing;
 use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
@@ -68,7 +69,7 @@ fn group_len(cols: usize) -> Option<usize> {
 
 impl Quanto {
     fn unsupported(&self, field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-        Unsupported { layout: self.id(), field, found: found.to_string(), remedy: remedy.to_string() }
+        parts::unsupported(self.id(), field, found, remedy)
     }
 
     fn type_of(&self, spec: &QuantSpec) -> Result<(&'static str, DType), Unsupported> {
@@ -175,10 +176,7 @@ impl Layout for Quanto {
         if spec.bits == 8 && !spec.symmetric {
             return Err(self.unsupported("zero points", "with 8 bits", "choose a symmetric grid"));
         }
-        if *layer.input != ActSpec::Float {
-            return Err(self.unsupported("activations", "quantized", "choose another layout"));
-        }
-        Ok(())
+        parts::float_input(self.id(), layer.input)
     }
 
     fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor> {

@@ -2,7 +2,7 @@
 
 use quant_core::{ActGrid, ActSpec, DType, DenseTensor, GroupSize, Groups, Params};
 
-use super::parts::{Parts, Writing};
+use super::parts::{FLOATS, Parts, Writing};
 use crate::error::FormatError;
 
 /// Size of the blocks that DeepSeek's models have, taken where nothing says another.
@@ -57,10 +57,7 @@ pub(super) fn groups(
 
 /// The one number of a part with one element.
 pub(super) fn scalar(parts: &Parts<'_>, part: &str) -> Result<f32, FormatError> {
-    let shape = parts.need(part, &[DType::F32, DType::F16, DType::BF16])?;
-    if shape.iter().any(|&dim| dim != 1) {
-        return Err(parts.misshapen(part, shape, "[1]", "one value for the whole layer"));
-    }
+    one_element(parts, part)?;
     let values = parts.read(part)?.to_f32();
     let values = values.map_err(|source| FormatError::Tensor { tensor: parts.name(part), source })?;
     match values.first() {
@@ -76,14 +73,19 @@ pub(super) fn scalar(parts: &Parts<'_>, part: &str) -> Result<f32, FormatError> 
 
 /// Checks the type and shape of a part with one element, if there is one.
 pub(super) fn check_scalar(parts: &Parts<'_>, part: &str) -> Result<(), FormatError> {
-    if parts.find(part).is_none() {
-        return Ok(());
+    match parts.find(part) {
+        None => Ok(()),
+        Some(_) => one_element(parts, part),
     }
-    let shape = parts.need(part, &[DType::F32, DType::F16, DType::BF16])?;
-    if shape.iter().any(|&dim| dim != 1) {
-        return Err(parts.misshapen(part, shape, "[1]", "one value for the whole layer"));
+}
+
+/// Checks the type and shape of a part with one element.
+fn one_element(parts: &Parts<'_>, part: &str) -> Result<(), FormatError> {
+    let shape = parts.need(part, FLOATS)?;
+    match shape.iter().all(|&dim| dim == 1) {
+        true => Ok(()),
+        false => Err(parts.misshapen(part, shape, "[1]", "one value for the whole layer")),
     }
-    Ok(())
 }
 
 /// A static scale of the inputs, if the layer has one.

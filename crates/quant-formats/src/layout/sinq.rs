@@ -22,14 +22,15 @@ mod read;
 use half::f16;
 use ndarray::Array2;
 use quant_core::{
-    ActSpec, ColScale, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind,
-    QuantSpec, QuantizedLinear, QuantizedMatrix,
+    ColScale, DType, DenseTensor, Grid, GridKind, GroupSize, Groups, Offset, Params, ParamsKind, QuantSpec,
+    QuantizedLinear, QuantizedMatrix,
 };
 use serde_json::{Map, Value, json};
 
 use self::meta::{Method, SIDE_FILE};
 use self::read::SinqReader;
 use super::module::{self, Tensors};
+use super::parts;
 use super::sections::Packing;
 use super::{Layout, PlannedLayer, Reader, StoredModel};
 use crate::error::{FormatError, Unsupported};
@@ -64,7 +65,7 @@ fn packing_name(bits: u8) -> Option<&'static str> {
 
 impl Sinq {
     fn unsupported(&self, field: &'static str, found: impl ToString, remedy: impl ToString) -> Unsupported {
-        Unsupported { layout: self.id(), field, found: found.to_string(), remedy: remedy.to_string() }
+        parts::unsupported(self.id(), field, found, remedy)
     }
 
     /// Packing and group length of a matrix made to `spec`.
@@ -205,10 +206,7 @@ impl Layout for Sinq {
         if spec.act_order {
             return Err(self.unsupported("act-order", "on", "groups are consecutive; choose another layout"));
         }
-        if *layer.input != ActSpec::Float {
-            return Err(self.unsupported("activations", "quantized", "choose another layout"));
-        }
-        Ok(())
+        parts::float_input(self.id(), layer.input)
     }
 
     fn planned(&self, layer: &PlannedLayer<'_>) -> Vec<PlannedTensor> {

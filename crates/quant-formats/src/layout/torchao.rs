@@ -17,7 +17,7 @@ use quant_core::{
 use serde_json::{Map, Value, json};
 
 use super::ct::words;
-use super::parts::{self, FLOATS, Parts, Writing, float_type, floats, unsupported};
+use super::parts::{self, FLOATS, Parts, Writing, float_type, params, unsupported};
 use super::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, scales};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
@@ -306,7 +306,7 @@ impl Reader for TorchAoReader {
                 expected: format!("integers of {bits} bits are smaller"),
             })?;
         }
-        let scales = floats(&parts.read(SCALE)?);
+        let scales = params(&parts.read(SCALE)?);
         let scales = scales.map_err(|source| FormatError::Tensor { tensor: parts.name(SCALE), source })?;
         let mut weight = QuantizedMatrix::affine(codes, groups, scales, Offset::None, 0);
         weight.grid = if float { GridKind::E4M3.grid(8).unwrap_or(weight.grid) } else { Grid::signed(bits) };

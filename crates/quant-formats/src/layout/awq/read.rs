@@ -10,7 +10,7 @@ use super::config::Config;
 use super::{GEMM, GEMV, GEMV_FAST, Version, pack, zero_words};
 use crate::error::FormatError;
 use crate::layout::fields::GroupLen;
-use crate::layout::parts::{FLOATS, Parts, floats, transpose, transposed};
+use crate::layout::parts::{FLOATS, Parts, params, transpose, transposed};
 use crate::layout::{Layout, Reader, TensorSource};
 
 /// Reads one checkpoint.
@@ -188,12 +188,12 @@ impl Reader for AwqReader {
             Version::Gemv => codes.row_chunks_mut(rows).for_each(|all| all.copy_from_slice(qweight.bytes())),
             Version::GemvFast => pack::from_strips(qweight.bytes(), &mut codes),
         }
-        let scales = floats(&parts.read("scales")?).map_err(|e| tensor_error("scales", e))?;
+        let scales = params(&parts.read("scales")?).map_err(|e| tensor_error("scales", e))?;
         let scales = self.by_output(&geometry, &scales);
         let stored_zeros = parts.read(zeros)?;
         let offset = match version {
             Version::GemvFast => {
-                let shifts = floats(&stored_zeros).map_err(|e| tensor_error(zeros, e))?;
+                let shifts = params(&stored_zeros).map_err(|e| tensor_error(zeros, e))?;
                 Offset::Shift { param: self.by_output(&geometry, &shifts), sign: 1.0 }
             }
             Version::Gemm => {

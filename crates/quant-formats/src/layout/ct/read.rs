@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::config::{Config, Group, Input};
 use super::{Format, words};
 use crate::error::FormatError;
-use crate::layout::parts::{FLOATS, Parts, floats, groups_of};
+use crate::layout::parts::{FLOATS, Parts, groups_of, params};
 use crate::layout::{Layout, Reader, TensorSource, scales};
 
 /// Reads one checkpoint.
@@ -333,7 +333,7 @@ impl Reader for CtReader {
         let per_row = scale.len() / rows;
         let scales = match format {
             Format::Mxfp4 | Format::Mxfp6 | Format::Mxfp8 => Params::E8M0(scale.bytes().to_vec()),
-            _ => floats(&scale).map_err(|e| tensor_error("weight_scale", e))?,
+            _ => params(&scale).map_err(|e| tensor_error("weight_scale", e))?,
         };
         let scales = match format {
             Format::Nvfp4 => {

@@ -41,18 +41,9 @@ pub(super) fn with_shift(matrix: &QuantizedMatrix, plain: &'static Codec) -> &'s
     codec(ty).unwrap_or(plain)
 }
 
-/// The same real numbers in the form of `codec`.
+/// The same real numbers in the form of `codec`, of a matrix of codes, scales and offsets with its columns in order.
 pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<QuantizedMatrix, FormatError> {
     possible(&matrix.spec(), codec)?;
-    let extra = [
-        ("row scales", matrix.row_scale.is_some()),
-        ("column scales", matrix.col_scale.is_some()),
-        ("outlier columns", matrix.outliers.is_some()),
-        ("groups in activation order", matrix.input_perm.is_some()),
-    ];
-    if let Some((part, _)) = extra.iter().find(|(_, present)| *present) {
-        return Err(unsupported(part, "beside codes", "choose another layout, or requantize").into());
-    }
     let (rows, cols, group) = (matrix.rows(), matrix.cols(), codec.group);
     if !cols.is_multiple_of(codec.ty.block_len()) {
         let remedy = format!("rows of {} are blocks of {} inputs", codec.ty, codec.ty.block_len());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use half::f16;
 use proptest::prelude::*;
-use quant_core::{Codes, Groups, Offset, Params};
+use quant_core::{ActSpec, Codes, Groups, Offset, Params};
 
 use super::*;
 

@@ -10,7 +10,7 @@ use super::config::Config;
 use super::{AUTO_ROUND, AUTO_ROUND_V1, BITS, PLANAR, STRAIGHT_BITS, V1, V2, Version, planes, words};
 use crate::error::FormatError;
 use crate::layout::fields::GroupLen;
-use crate::layout::parts::{FLOATS, Parts, floats, groups_of, transpose, transposed};
+use crate::layout::parts::{FLOATS, Parts, groups_of, params, transpose, transposed};
 use crate::layout::{Layout, Reader, TensorSource};
 
 /// Reads one checkpoint.
@@ -166,7 +166,7 @@ impl Reader for GptqReader {
         }
         let zeros = Params::U8(transpose(&zeros, count, rows));
 
-        let scales = floats(&parts.read("scales")?);
+        let scales = params(&parts.read("scales")?);
         let scales = scales.map_err(|source| FormatError::Tensor { tensor: parts.name("scales"), source })?;
         let scales = transposed(&scales, count, rows).unwrap_or(scales);
         let mut weight = QuantizedMatrix::affine(codes, groups, scales, Offset::Zero(zeros), 0);
