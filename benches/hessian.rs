@@ -99,7 +99,7 @@ fn gptq(c: &mut Criterion) {
         let spec = QuantSpec::default();
         let run = |(w, hessian): (Array2<f32>, Hessian)| {
             let layers = vec![LayerWeights { w, spec }];
-            let stats = LayerStats { hessian: Some(hessian) };
+            let stats = LayerStats { hessian: Some(hessian), ..LayerStats::default() };
             quantizer.quantize(layers, stats).expect("the layer is sound").remove(0)
         };
         let report = run((w.clone(), h.clone())).report;

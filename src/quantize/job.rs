@@ -73,7 +73,7 @@ impl<'a> Job<'a> {
         let spec = config.spec()?;
         let layout = config.storage()?;
         let arch = match source.config() {
-            Value::Null if quantizer.needs() == Needs::None => None,
+            Value::Null if quantizer.needs() == Needs::NONE => None,
             Value::Null => return Err(Error::NoModel { method: config.method.clone() }),
             config => Some(Arc::new(ArchSpec::from_config(config)?)),
         };

@@ -1,7 +1,7 @@
 //! Peak memory of a quantization run, from geometry alone.
 
 use quant_core::QuantSpec;
-use quant_methods::{Needs, Quantizer};
+use quant_methods::Quantizer;
 
 /// One stage of a block: linears that share an input.
 #[derive(Clone, Debug)]
@@ -66,13 +66,10 @@ impl RunShape {
             let shapes: Vec<(usize, usize)> = stage.linears.iter().map(|&(n, k, _)| (n, k)).collect();
             let weights: usize = shapes.iter().map(|(n, k)| n * k).sum();
             let largest_stored = stage.linears.iter().map(|&(n, k, bytes)| n * k * bytes).max().unwrap_or(0);
-            let hessian = match quantizer.needs() {
-                Needs::Hessian => 4 * stage.inputs * stage.inputs,
-                Needs::None => 0,
-            };
+            let stats = quantizer.needs().bytes(stage.inputs, spec.group.len(stage.inputs));
             let input = store(stage.inputs, spill.inputs);
             // While weights are read: all of the stage in f32, and one as it is stored.
-            let reading = input + hessian + 4 * weights + largest_stored;
+            let reading = input + stats + 4 * weights + largest_stored;
             let solving = input + quantizer.peak_bytes(&shapes, spec);
             // While the block advances: inputs and outputs of a chunk next to the stores.
             let packed = weights * usize::from(spec.bits) / 8 + weights / 16;

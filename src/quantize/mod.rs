@@ -35,7 +35,7 @@ pub use summary::{LayerSummary, Plan, PlannedLayer, Summary};
 /// What quantizing `model` with `config` would do. Reads headers only; problems are listed, not raised.
 pub fn plan(model: &Path, config: &QuantizeConfig) -> Result<Plan, Error> {
     let job = Job::prepare(Checkpoint::open(model)?, config)?;
-    let calibration_tokens = if job.quantizer.needs() == Needs::None { 0 } else { job.tokens_at_most() };
+    let calibration_tokens = if job.quantizer.needs() == Needs::NONE { 0 } else { job.tokens_at_most() };
     Ok(make_plan(&job, calibration_tokens)?.0)
 }
 
@@ -56,8 +56,8 @@ pub fn quantize(
         return Err(Error::Problems(job.problems));
     }
     let calibration = match job.quantizer.needs() {
-        Needs::None => None,
-        Needs::Hessian => Some(job.calibration(progress)?),
+        Needs::NONE => None,
+        _ => Some(job.calibration(progress)?),
     };
     let (plan, spill) = make_plan(&job, calibration.as_ref().map_or(0, Calibration::tokens))?;
     if !plan.problems.is_empty() {
@@ -186,7 +186,7 @@ impl Job<'_> {
 
     /// Peak memory, and where activations go to stay below the limit.
     fn memory(&self, tokens: usize) -> (u64, Spill) {
-        let calibrated = self.run_shape(tokens).filter(|_| self.quantizer.needs() != Needs::None);
+        let calibrated = self.run_shape(tokens).filter(|_| self.quantizer.needs() != Needs::NONE);
         let Some(shape) = calibrated else {
             return (self.memory_without_calibration(), Spill::STEPS[0]);
         };
@@ -269,9 +269,12 @@ impl Job<'_> {
         let flops = |t: &job::Target| {
             let (n, k, t) = (t.rows as f64, t.cols as f64, tokens as f64);
             match self.quantizer.needs() {
-                Needs::None => 0.0,
+                Needs::NONE => 0.0,
                 // Forward pass; a share of the Hessian and its factorization; the column loop.
-                Needs::Hessian => 2.0 * t * n * k + (t * k * k + k * k * k / 3.0) / 2.0 + n * k * k,
+                Needs { hessian: true, .. } => {
+                    2.0 * t * n * k + (t * k * k + k * k * k / 3.0) / 2.0 + n * k * k
+                }
+                _ => 2.0 * t * n * k,
             }
         };
         let operations: f64 = self.targets.iter().map(flops).sum();

@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError, WeightSource};
 use quant_formats::ModelWriter;
-use quant_methods::{HessianSum, LayerStats, LayerWeights, Needs};
+use quant_methods::{LayerWeights, Needs, StatsSum};
 use quant_model::{Embedding, Linear, linear};
 
 use super::activations::{Activations, Stores};
@@ -39,7 +39,7 @@ impl Run<'_> {
     pub(crate) fn without_calibration(&mut self) -> Result<(), Error> {
         self.begin();
         for target in &self.job.targets {
-            self.quantize(&[target], None)?;
+            self.quantize(&[target], StatsSum::new(Needs::NONE, target.cols, target.cols))?;
         }
         self.progress.end();
         Ok(())
@@ -134,17 +134,14 @@ impl Run<'_> {
         if targets.is_empty() {
             return Ok(linears);
         }
-        let hessian = match job.quantizer.needs() {
-            Needs::Hessian => {
-                let mut sum = HessianSum::new(arch.stages[stage].linears[0].in_features);
-                pass.each_chunk(input, |x: ArrayView2<'_, f32>| {
-                    Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?)
-                })?;
-                Some(sum)
-            }
-            Needs::None => None,
-        };
-        for (slot, quantized) in slots.into_iter().zip(self.quantize(&targets, hessian)?) {
+        let features = arch.stages[stage].linears[0].in_features;
+        let mut sum = StatsSum::new(job.quantizer.needs(), features, job.spec.group.len(features));
+        if job.quantizer.needs() != Needs::NONE {
+            pass.each_chunk(input, |x: ArrayView2<'_, f32>| {
+                Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?)
+            })?;
+        }
+        for (slot, quantized) in slots.into_iter().zip(self.quantize(&targets, sum)?) {
             let weights = LinearWeights::Quantized(Box::new(quantized));
             linears.push((slot, linear(pass.module(slot), weights, arch.conv1d)?));
         }
@@ -157,17 +154,12 @@ impl Run<'_> {
     }
 
     /// Reads, quantizes and writes linears that share an input.
-    fn quantize(
-        &mut self,
-        targets: &[&Target],
-        hessian: Option<HessianSum>,
-    ) -> Result<Vec<QuantizedLinear>, Error> {
+    fn quantize(&mut self, targets: &[&Target], stats: StatsSum) -> Result<Vec<QuantizedLinear>, Error> {
         let mut layers = Vec::with_capacity(targets.len());
         for target in targets {
             layers.push(LayerWeights { w: self.read_weight(target)?, spec: self.job.spec });
         }
-        let stats = LayerStats { hessian: hessian.map(HessianSum::finish) };
-        let quantized = self.job.quantizer.quantize(layers, stats).map_err(|source| {
+        let quantized = self.job.quantizer.quantize(layers, stats.finish()).map_err(|source| {
             let module = targets[source.layer()].module.clone();
             Error::Quantize { module, source }
         })?;

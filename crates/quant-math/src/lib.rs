@@ -42,4 +42,5 @@ pub mod range;
 pub use affine::Affine;
 pub use cholesky::Cholesky;
 pub use hessian::{Hessian, HessianSum};
+pub use quant_kernels::ShapeError;
 pub use range::{GridFit, ScaleOverflow, ScaleRule};

@@ -22,7 +22,8 @@ use quant_core::{
 use rayon::prelude::*;
 
 use crate::affine;
-use crate::quantizer::{LayerReport, LayerStats, LayerWeights, Needs, QuantizeError, Quantized, Quantizer};
+use crate::quantizer::{LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
+use crate::stats::{LayerStats, Needs};
 
 /// Weights of a block.
 const BLOCK: usize = 32;
@@ -178,7 +179,7 @@ impl Quantizer for Ggml {
     }
 
     fn needs(&self) -> Needs {
-        Needs::None
+        Needs::NONE
     }
 
     fn default_spec(&self) -> QuantSpec {

@@ -24,10 +24,9 @@ use rayon::prelude::*;
 
 use crate::affine;
 use crate::order::column_order;
-use crate::quantizer::{
-    Fallback, LayerReport, LayerStats, LayerWeights, Needs, QuantizeError, Quantized, Quantizer,
-};
+use crate::quantizer::{Fallback, LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
 use crate::rtn::{fit_groups, grid_bytes, result_bytes, round_to_nearest};
+use crate::stats::{LayerStats, Needs};
 
 /// Options of GPTQ. The names in brackets are those of the reference implementations.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -126,7 +125,7 @@ impl Quantizer for Gptq {
     }
 
     fn needs(&self) -> Needs {
-        Needs::Hessian
+        Needs::HESSIAN
     }
 
     fn default_spec(&self) -> QuantSpec {

@@ -41,7 +41,10 @@ fn spec(bits: u8, group: GroupSize, symmetric: bool, options: &GptqOptions) -> Q
 
 fn quantize(options: GptqOptions, spec: QuantSpec, w: &Array2<f32>, h: &Hessian) -> Quantized {
     let layers = vec![LayerWeights { w: w.clone(), spec }];
-    Gptq::new(options).quantize(layers, LayerStats { hessian: Some(h.clone()) }).unwrap().remove(0)
+    Gptq::new(options)
+        .quantize(layers, LayerStats { hessian: Some(h.clone()), ..LayerStats::default() })
+        .unwrap()
+        .remove(0)
 }
 
 /// Every combination of order and static groups.
@@ -137,7 +140,9 @@ fn layers_of_a_call_do_not_see_each_other() {
     let weights: Vec<_> = (0..4).map(|i| random(20 + i, k, i as u64)).collect();
     let specs = groups.map(|group| spec(4, group, true, &options));
     let layers = weights.iter().zip(specs).map(|(w, spec)| LayerWeights { w: w.clone(), spec }).collect();
-    let together = Gptq::new(options).quantize(layers, LayerStats { hessian: Some(h.clone()) }).unwrap();
+    let together = Gptq::new(options)
+        .quantize(layers, LayerStats { hessian: Some(h.clone()), ..LayerStats::default() })
+        .unwrap();
     for ((w, spec), together) in weights.iter().zip(specs).zip(together) {
         assert_eq!(quantize(options, spec, w, &h).matrix, together.matrix);
     }
@@ -194,7 +199,9 @@ fn layers_without_usable_statistics_are_rounded() {
         (with(indefinite, 9), Fallback::NotPositiveDefinite),
     ] {
         let layers = vec![LayerWeights { w: w.clone(), spec: QuantSpec::default() }; 2];
-        for quantized in Gptq::default().quantize(layers, LayerStats { hessian }).unwrap() {
+        for quantized in
+            Gptq::default().quantize(layers, LayerStats { hessian, ..LayerStats::default() }).unwrap()
+        {
             assert_eq!(quantized.report.fallback, Some(reason));
             assert_eq!(quantized.matrix, rounded);
         }
@@ -217,7 +224,7 @@ fn damping_that_grows_is_reported() {
 #[test]
 fn bad_input_is_located() {
     let h = hessian(32, 1);
-    let stats = || LayerStats { hessian: Some(h.clone()) };
+    let stats = || LayerStats { hessian: Some(h.clone()), ..LayerStats::default() };
     let layer = |w: &Array2<f32>| LayerWeights { w: w.clone(), spec: QuantSpec::default() };
     let good = random(4, 32, 1);
     let with = |value: f32| {

@@ -2,7 +2,8 @@
 
 use ndarray::Array2;
 use quant_core::{MatrixError, QuantSpec, QuantizedMatrix, SpecError};
-use quant_math::Hessian;
+
+use crate::stats::{LayerStats, Needs};
 
 /// A quantization method: linear layers in, quantized matrices out.
 ///
@@ -36,15 +37,6 @@ pub trait Quantizer: Send + Sync {
     -> Result<Vec<Quantized>, QuantizeError>;
 }
 
-/// Calibration statistics of a layer's input that a method uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Needs {
-    /// None: no calibration data, no forward pass.
-    None,
-    /// `H = 2/n Σ x xᵀ` over the input vectors `x`.
-    Hessian,
-}
-
 /// A layer to be quantized.
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
@@ -52,13 +44,6 @@ pub struct LayerWeights {
     pub w: Array2<f32>,
     /// What to make of them.
     pub spec: QuantSpec,
-}
-
-/// Statistics of the input that the layers of a call share.
-#[derive(Clone, Debug, Default)]
-pub struct LayerStats {
-    /// Second moments of the input; consumed, because it is factored in place.
-    pub hessian: Option<Hessian>,
 }
 
 /// A quantized layer and what it cost.

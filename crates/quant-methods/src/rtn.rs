@@ -8,7 +8,8 @@ use quant_math::{Affine, GridFit, ScaleOverflow, ScaleRule};
 use rayon::prelude::*;
 
 use crate::affine;
-use crate::quantizer::{LayerReport, LayerStats, LayerWeights, Needs, QuantizeError, Quantized, Quantizer};
+use crate::quantizer::{LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
+use crate::stats::{LayerStats, Needs};
 
 /// Options of [`Rtn`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -42,7 +43,7 @@ impl Quantizer for Rtn {
     }
 
     fn needs(&self) -> Needs {
-        Needs::None
+        Needs::NONE
     }
 
     fn default_spec(&self) -> QuantSpec {

@@ -68,9 +68,12 @@ impl Layer {
     fn quantize(&self, config: &Config, options: GptqOptions) -> QuantizedMatrix {
         let Config { bits, group, symmetric, .. } = *config;
         let gptq = Gptq::new(options);
-        assert_eq!(gptq.needs(), Needs::Hessian);
+        assert_eq!(gptq.needs(), Needs::HESSIAN);
         let spec = QuantSpec { bits, group, symmetric, ..gptq.default_spec() };
-        let stats = LayerStats { hessian: Some(Hessian { matrix: self.h.clone(), rows: 224 }) };
+        let stats = LayerStats {
+            hessian: Some(Hessian { matrix: self.h.clone(), rows: 224 }),
+            ..LayerStats::default()
+        };
         gptq.quantize(vec![LayerWeights { w: self.w.clone(), spec }], stats).unwrap().remove(0).matrix
     }
 

@@ -37,7 +37,7 @@ fn quantize(name: &str) -> Vec<(String, Result<Quantized, QuantizeError>)> {
                         continue;
                     }
                     let layers = vec![LayerWeights { w: w.clone(), spec }];
-                    let stats = LayerStats { hessian: Some(hessian(w.ncols())) };
+                    let stats = LayerStats { hessian: Some(hessian(w.ncols())), ..LayerStats::default() };
                     let result = quantizer.quantize(layers, stats).map(|mut all| all.remove(0));
                     results.push((format!("{name} {} {spec:?} {mse:?}", method.name), result));
                 }
