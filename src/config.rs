@@ -4,7 +4,7 @@ use quant_core::{GroupSize, QuantSpec, SpecError};
 use quant_formats::{
     Container, FormatError, GgmlType, Layout, PlannedLayer, PlannedTensor, gguf_layout, layouts,
 };
-use quant_methods::{MethodOptions, Quantizer};
+use quant_methods::{LayerStats, MethodOptions, Quantizer};
 use regex::Regex;
 
 use crate::calibration::CalibrationSource;
@@ -117,12 +117,19 @@ impl QuantizeConfig {
         if let Some(layout) = GgmlType::from_name(&self.method).and_then(gguf_layout) {
             return Ok(layout);
         }
-        let spec = self.spec()?;
-        let layer = PlannedLayer::new("", &spec, FRIENDLY, FRIENDLY);
+        let (spec, input) = (self.spec()?, self.quantizer()?.input(&LayerStats::default()));
+        let layer = PlannedLayer { input: &input, ..PlannedLayer::new("", &spec, FRIENDLY, FRIENDLY) };
         let fits = |layout: &&&'static dyn Layout| {
             layout.container() == Container::Directory && layout.can_store(&layer).is_ok()
         };
-        Ok(layouts().iter().find(fits).copied().unwrap_or(layouts()[0]))
+        let own = self
+            .quantizer()?
+            .layouts()
+            .iter()
+            .filter_map(|id| quant_formats::layout(id).ok())
+            .collect::<Vec<_>>();
+        let mut known = own.iter().chain(layouts());
+        Ok(known.find(fits).copied().unwrap_or(layouts()[0]))
     }
 
     /// Exact bytes on disk of a linear layer of `rows` outputs and `cols` inputs, its bias not counted.
@@ -136,7 +143,8 @@ impl QuantizeConfig {
     /// ```
     pub fn estimate(&self, rows: usize, cols: usize) -> Result<u64, Error> {
         let (layout, spec) = (self.storage()?, self.spec()?);
-        let layer = PlannedLayer::new("", &spec, rows, cols);
+        let input = self.quantizer()?.input(&LayerStats::default());
+        let layer = PlannedLayer { input: &input, ..PlannedLayer::new("", &spec, rows, cols) };
         layout.can_store(&layer).map_err(FormatError::from)?;
         let tensors = layout.planned(&layer);
         Ok(tensors.iter().filter_map(PlannedTensor::byte_len).sum())

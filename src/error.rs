@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use quant_core::{SpecError, WeightError};
 use quant_formats::FormatError;
-use quant_methods::{QuantizeError, UnknownMethod};
+use quant_methods::{QuantizeError, Stopped, UnknownMethod};
 use quant_model::{ConfigError, GenerateError, ModelError, TemplateError, TokenizerError};
 use serde::Serialize;
 
@@ -45,6 +45,9 @@ pub enum Error {
         /// Why.
         source: QuantizeError,
     },
+    /// A transform gave up without a reason.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// Problems that were found before any work began.
     #[error("nothing was done: {}", list(.0))]
     Problems(Vec<Problem>),

@@ -36,7 +36,9 @@ pub use quant_formats::{
     write_safetensors,
 };
 pub use quant_kernels::isa::IsaError;
-pub use quant_methods::{ColumnOrder, Compat, GptqOptions, MethodOptions};
+pub use quant_methods::{
+    Activations, AwqOptions, ColumnOrder, Compat, GptqOptions, MethodOptions, Observer, W8a8Options,
+};
 pub use quant_model::{
     ChatTemplate, Compute, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError,
     Tokenizer,

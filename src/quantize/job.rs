@@ -3,9 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use quant_core::{QuantSpec, WeightSource};
+use quant_core::{ActSpec, QuantSpec, WeightSource};
 use quant_formats::{Checkpoint, Layout, PlannedLayer, PlannedTensor};
-use quant_methods::{Needs, Quantizer};
+use quant_methods::{LayerStats, Needs, Quantizer, Transform};
 use quant_model::ArchSpec;
 use serde_json::Value;
 
@@ -17,6 +17,8 @@ use crate::error::{Error, Problem};
 pub(crate) struct Target {
     /// Module path.
     pub(crate) module: String,
+    /// Slot in its block.
+    pub(crate) slot: usize,
     /// Its float weight in the checkpoint.
     pub(crate) weight: String,
     /// Its bias in the checkpoint.
@@ -41,10 +43,10 @@ impl Target {
     }
 
     /// What it is to its layout.
-    pub(crate) fn layer<'b>(&'b self, spec: &'b QuantSpec) -> PlannedLayer<'b> {
+    pub(crate) fn layer<'b>(&'b self, spec: &'b QuantSpec, input: &'b ActSpec) -> PlannedLayer<'b> {
         let name = format!("{}.bias", self.module);
         let bias = self.tensors.iter().find(|tensor| tensor.name == name).map(|tensor| tensor.dtype);
-        PlannedLayer { bias, ..PlannedLayer::new(&self.module, spec, self.rows, self.cols) }
+        PlannedLayer { bias, input, ..PlannedLayer::new(&self.module, spec, self.rows, self.cols) }
     }
 }
 
@@ -55,8 +57,12 @@ pub(crate) struct Job<'a> {
     /// `None` for a bare file of tensors.
     pub(crate) arch: Option<Arc<ArchSpec>>,
     pub(crate) quantizer: Box<dyn Quantizer>,
+    /// Rewritings of the model before it is quantized, in order.
+    pub(crate) transforms: Vec<Box<dyn Transform>>,
     pub(crate) layout: &'static dyn Layout,
     pub(crate) spec: QuantSpec,
+    /// How inputs are quantized; the numbers of static scales are found on the way.
+    pub(crate) input: ActSpec,
     pub(crate) targets: Vec<Target>,
     /// Index of the target of a module.
     pub(crate) by_module: HashMap<String, usize>,
@@ -70,17 +76,31 @@ impl<'a> Job<'a> {
     pub(crate) fn prepare(source: Checkpoint, config: &'a QuantizeConfig) -> Result<Self, Error> {
         config.validate()?;
         let quantizer = config.quantizer()?;
+        let transforms = quantizer.transforms();
         let spec = config.spec()?;
+        let input = quantizer.input(&LayerStats::default());
         let layout = config.storage()?;
         let arch = match source.config() {
-            Value::Null if quantizer.needs() == Needs::NONE => None,
+            Value::Null if quantizer.needs() == Needs::NONE && transforms.is_empty() => None,
             Value::Null => return Err(Error::NoModel { method: config.method.clone() }),
             config => Some(Arc::new(ArchSpec::from_config(config)?)),
         };
         let (by_module, carried, problems) = (HashMap::new(), Vec::new(), Vec::new());
         let targets = Vec::new();
-        let mut job =
-            Self { config, source, arch, quantizer, layout, spec, targets, by_module, carried, problems };
+        let mut job = Self {
+            config,
+            source,
+            arch,
+            quantizer,
+            transforms,
+            layout,
+            spec,
+            input,
+            targets,
+            by_module,
+            carried,
+            problems,
+        };
         job.find_targets()?;
         job.find_carried();
         if job.targets.is_empty() {
@@ -96,12 +116,12 @@ impl<'a> Job<'a> {
             Some(arch) => {
                 for layer in 0..arch.layers {
                     let path = arch.block_path(layer, &self.source);
-                    for linear in arch.linears() {
+                    for (slot, linear) in arch.linears().enumerate() {
                         let module = format!("{path}.{}", linear.name);
                         // Also ends the loop, at the first missing layer, when `layers` is nonsense.
                         let stored = self.source.linear_shape(&module)?;
                         let shape = (linear.out_features, linear.in_features);
-                        modules.push((module, shape, arch.conv1d, stored, linear.because));
+                        modules.push((module, slot, shape, arch.conv1d, stored, linear.because));
                     }
                 }
             }
@@ -111,11 +131,11 @@ impl<'a> Job<'a> {
                 for (name, tensor) in floats {
                     let shape = (tensor.shape[0], tensor.shape[1]);
                     let module = name.strip_suffix(".weight").unwrap_or(name).to_owned();
-                    modules.push((module, shape, false, shape, ""));
+                    modules.push((module, 0, shape, false, shape, ""));
                 }
             }
         }
-        for (module, shape, transposed, stored, because) in modules {
+        for (module, slot, shape, transposed, stored, because) in modules {
             let expected = if transposed { (shape.1, shape.0) } else { shape };
             let weight = [format!("{module}.weight"), module.clone()].into_iter();
             let Some(weight) = weight.into_iter().find(|name| self.source.contains(name)) else {
@@ -125,16 +145,26 @@ impl<'a> Job<'a> {
                 let message = format!("shape {stored:?} where {expected:?} follows from {because}");
                 self.problems.push(Problem { tensor: Some(weight), message });
             } else if self.config.selects(&module) {
-                self.add_target(module, weight, shape, transposed);
+                self.add_target((module, slot), weight, shape, transposed);
             }
         }
         Ok(())
     }
 
-    fn add_target(&mut self, module: String, weight: String, (rows, cols): (usize, usize), transposed: bool) {
+    fn add_target(
+        &mut self,
+        (module, slot): (String, usize),
+        weight: String,
+        (rows, cols): (usize, usize),
+        transposed: bool,
+    ) {
         let bias = Some(format!("{module}.bias")).filter(|name| self.source.contains(name));
         let bias_dtype = bias.as_ref().and_then(|name| self.source.tensor_info(name)).map(|info| info.dtype);
-        let layer = PlannedLayer { bias: bias_dtype, ..PlannedLayer::new(&module, &self.spec, rows, cols) };
+        let layer = PlannedLayer {
+            bias: bias_dtype,
+            input: &self.input,
+            ..PlannedLayer::new(&module, &self.spec, rows, cols)
+        };
         if let Err(unsupported) = self.layout.can_store(&layer) {
             self.problems.push(Problem { tensor: Some(module), message: unsupported.to_string() });
             return;
@@ -142,7 +172,17 @@ impl<'a> Job<'a> {
         let tensors = self.layout.planned(&layer);
         let stored_width = self.source.tensor_info(&weight).map_or(4, |info| info.dtype.bits().div_ceil(8));
         self.by_module.insert(module.clone(), self.targets.len());
-        self.targets.push(Target { module, weight, bias, rows, cols, transposed, stored_width, tensors });
+        self.targets.push(Target {
+            module,
+            slot,
+            weight,
+            bias,
+            rows,
+            cols,
+            transposed,
+            stored_width,
+            tensors,
+        });
     }
 
     fn find_carried(&mut self) {
@@ -155,6 +195,11 @@ impl<'a> Job<'a> {
         let carried = self.source.tensor_infos().filter(|(name, _)| !replaced.contains(name));
         self.carried =
             carried.map(|(name, info)| PlannedTensor::new(name, info.dtype, &info.shape)).collect();
+    }
+
+    /// Whether a calibration set is run through the model.
+    pub(crate) fn is_calibrated(&self) -> bool {
+        self.quantizer.needs() != Needs::NONE || !self.transforms.is_empty()
     }
 
     /// All tensors of the output.

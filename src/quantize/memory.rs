@@ -1,5 +1,7 @@
 //! Peak memory of a quantization run, from geometry alone.
 
+use std::ops::Range;
+
 use quant_core::QuantSpec;
 use quant_methods::Quantizer;
 
@@ -12,6 +14,8 @@ pub(crate) struct StageShape {
     pub(crate) next_inputs: usize,
     /// `[out, in]` and stored bytes per weight of every linear.
     pub(crate) linears: Vec<(usize, usize, usize)>,
+    /// The stages that run when a transform tries weights in its place.
+    pub(crate) module: Range<usize>,
 }
 
 /// The geometry of a calibrated run.
@@ -25,6 +29,8 @@ pub(crate) struct RunShape {
     pub(crate) hidden: usize,
     /// Blocks run twice: their input and all their quantized linears are kept meanwhile.
     pub(crate) twice: bool,
+    /// Calibration tokens on which transforms try weights, if there are transforms.
+    pub(crate) sample: Option<usize>,
     /// Stages of a block.
     pub(crate) stages: Vec<StageShape>,
     /// Bytes of the embedding table as stored.
@@ -81,6 +87,30 @@ impl RunShape {
                 done += packed;
             }
         }
-        BASE + peak
+        BASE + peak.max(self.transform_peak(spill))
+    }
+
+    /// Peak while transforms are planned: the float block runs on all tokens, and on a sample with other weights.
+    fn transform_peak(&self, spill: Spill) -> usize {
+        let Some(sample) = self.sample else { return 0 };
+        let store = |cols: usize, spilled: bool| 4 * cols * if spilled { 0 } else { self.tokens };
+        let residual = 2 * store(self.hidden, spill.residual);
+        let weights = |stage: &StageShape| stage.linears.iter().map(|&(n, k, _)| 4 * n * k).sum::<usize>();
+        let outputs = |stage: &StageShape| stage.linears.iter().map(|&(n, ..)| n).sum::<usize>();
+        let stage_peak = |stage: &StageShape| {
+            let module: usize = self.stages[stage.module.clone()].iter().map(weights).sum();
+            let width: usize =
+                self.stages[stage.module.clone()].iter().map(|s| s.inputs + outputs(s) + s.next_inputs).sum();
+            let trying = 4 * sample * (stage.inputs + 2 * self.hidden)
+                + 4 * self.chunk.min(sample) * (width + self.hidden)
+                // The weights, rounded ones, and those that run.
+                + 2 * weights(stage)
+                + module;
+            let chunk =
+                4 * self.chunk * (2 * self.hidden + stage.inputs + outputs(stage) + stage.next_inputs);
+            let running = store(stage.next_inputs, spill.inputs) + weights(stage) + chunk;
+            residual + store(stage.inputs, spill.inputs) + trying.max(running)
+        };
+        self.stages.iter().map(stage_peak).max().unwrap_or(0)
     }
 }

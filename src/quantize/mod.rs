@@ -4,18 +4,19 @@
 //! [`Job`], so a plan cannot differ from the run.
 
 mod activations;
+mod inspector;
 mod job;
 mod memory;
 mod pass;
 mod run;
 mod summary;
+mod transform;
 
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 use std::time::Instant;
 
-use quant_core::ActSpec;
 use quant_formats::{
     Checkpoint, CheckpointWriter, Container, ModelWriter, StoredModel, WriteOptions, planned_files,
 };
@@ -35,7 +36,7 @@ pub use summary::{LayerSummary, Plan, PlannedLayer, Summary};
 /// What quantizing `model` with `config` would do. Reads headers only; problems are listed, not raised.
 pub fn plan(model: &Path, config: &QuantizeConfig) -> Result<Plan, Error> {
     let job = Job::prepare(Checkpoint::open(model)?, config)?;
-    let calibration_tokens = if job.quantizer.needs() == Needs::NONE { 0 } else { job.tokens_at_most() };
+    let calibration_tokens = if job.is_calibrated() { job.tokens_at_most() } else { 0 };
     Ok(make_plan(&job, calibration_tokens)?.0)
 }
 
@@ -55,9 +56,9 @@ pub fn quantize(
         // Before a calibration text is read, which may be long.
         return Err(Error::Problems(job.problems));
     }
-    let calibration = match job.quantizer.needs() {
-        Needs::NONE => None,
-        _ => Some(job.calibration(progress)?),
+    let calibration = match job.is_calibrated() {
+        false => None,
+        true => Some(job.calibration(progress)?),
     };
     let (plan, spill) = make_plan(&job, calibration.as_ref().map_or(0, Calibration::tokens))?;
     if !plan.problems.is_empty() {
@@ -65,7 +66,7 @@ pub fn quantize(
     }
     let (container, files) = (job.layout.container(), || job.source.model_files());
     let writer = ModelWriter::create(container, out, &job.outputs(), files, &job.write_options())?;
-    let mut run = Run { job: &job, writer: &writer, progress, layers: Vec::new(), zeroed: 0 };
+    let mut run = Run::new(&job, &writer, progress);
     run.carry_tensors()?;
     match &calibration {
         None => run.without_calibration()?,
@@ -104,7 +105,8 @@ pub fn quantize(
 impl Job<'_> {
     fn write_options(&self) -> WriteOptions {
         let QuantizeConfig { shard_size, overwrite, .. } = *self.config;
-        let layers: Vec<_> = self.targets.iter().map(|target| target.layer(&self.spec)).collect();
+        let layers: Vec<_> =
+            self.targets.iter().map(|target| target.layer(&self.spec, &self.input)).collect();
         let carried: Vec<_> = self.carried.iter().map(|tensor| &tensor.name[..]).collect();
         let mut options = WriteOptions { shard_size, overwrite, ..WriteOptions::default() };
         options.metadata.extend(self.layout.header_notes(&layers, &carried));
@@ -173,12 +175,14 @@ impl Job<'_> {
             inputs: inputs(i),
             next_inputs: inputs(i + 1),
             linears: stage.linears.iter().map(|l| (l.out_features, l.in_features, width)).collect(),
+            module: inspector::module_of(stage.kind, i),
         });
         Some(RunShape {
             tokens,
             chunk: pass::chunk_len(self.seq_len()).min(tokens),
             hidden: arch.hidden_size,
             twice: !self.config.true_sequential,
+            sample: self.transforms.iter().map(|t| t.sample_tokens().min(tokens)).max(),
             stages: stages.collect(),
             embedding: arch.vocab_size * arch.hidden_size * width,
         })
@@ -186,7 +190,7 @@ impl Job<'_> {
 
     /// Peak memory, and where activations go to stay below the limit.
     fn memory(&self, tokens: usize) -> (u64, Spill) {
-        let calibrated = self.run_shape(tokens).filter(|_| self.quantizer.needs() != Needs::NONE);
+        let calibrated = self.run_shape(tokens).filter(|_| self.is_calibrated());
         let Some(shape) = calibrated else {
             return (self.memory_without_calibration(), Spill::STEPS[0]);
         };
@@ -277,7 +281,15 @@ impl Job<'_> {
                 _ => 2.0 * t * n * k,
             }
         };
-        let operations: f64 = self.targets.iter().map(flops).sum();
+        // Each transform runs the float model once, and its candidates on a sample.
+        let transforms = self.transforms.iter().map(|transform| {
+            let runs =
+                tokens as f64 + (transform.candidates() * transform.sample_tokens().min(tokens)) as f64;
+            let weights: f64 = self.targets.iter().map(|t| (t.rows * t.cols) as f64).sum();
+            // Attention and MLP run whole for half of their weights.
+            1.5 * 2.0 * runs * weights
+        });
+        let operations = self.targets.iter().map(flops).sum::<f64>() + transforms.sum::<f64>();
         // Reading, converting, rounding and packing: measured at 150 M weights a second.
         let weights: f64 = self.targets.iter().map(|t| (t.rows * t.cols) as f64).sum();
         operations / crate::system::dense_flops() + weights / 150e6
@@ -298,11 +310,9 @@ fn write_side_files(job: &Job<'_>, writer: &CheckpointWriter) -> Result<(), Erro
             exceptions.extend(modules.filter(|m| !job.by_module.contains_key(m)).map(|m| (m, None)));
         }
     }
-    let stored =
-        StoredModel { spec: &job.spec, input: &ActSpec::Float, exceptions: &exceptions, meta: &meta };
+    let stored = StoredModel { spec: &job.spec, input: &job.input, exceptions: &exceptions, meta: &meta };
     let quantization = job.layout.config(&stored);
-    let layers =
-        job.targets.iter().map(|t| quant_formats::PlannedLayer::new(&t.module, &job.spec, t.rows, t.cols));
+    let layers = job.targets.iter().map(|target| target.layer(&job.spec, &job.input));
     for (name, bytes) in job.layout.side_files(&quantization, &layers.collect::<Vec<_>>()) {
         writer.write_file(&name, &bytes)?;
     }

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView2};
-use quant_core::WeightSource;
-use quant_model::{ArchSpec, Block, Linear, Sequences};
+use ndarray::{Array2, ArrayView2, Axis, Slice};
+use quant_core::{NormId, QuantSpec, WeightSource};
+use quant_methods::{Needs, StatsSum};
+use quant_model::{ArchSpec, Block, Linear, ModelError, Sequences};
 
 use super::activations::{Activations, Stores};
 use crate::calibration::Calibration;
@@ -26,6 +27,7 @@ pub(crate) type Slots = Vec<(usize, Box<dyn Linear>)>;
 /// One block and the residual stream of all samples.
 pub(crate) struct Pass<'a> {
     arch: &'a Arc<ArchSpec>,
+    path: String,
     block: Block,
     /// `[tokens, hidden]`.
     pub(crate) x: Activations,
@@ -46,7 +48,8 @@ impl<'a> Pass<'a> {
         let block = Block::load_without_linears(arch, layer, source)?;
         let sequences = Sequences::new(arch, 0, calibration.seq_len)?;
         let (tokens, chunk) = (calibration.tokens(), chunk_len(calibration.seq_len));
-        Ok(Self { arch, block, x, sequences, tokens, chunk })
+        let path = arch.block_path(layer, source);
+        Ok(Self { arch, path, block, x, sequences, tokens, chunk })
     }
 
     /// The architecture.
@@ -64,19 +67,80 @@ impl<'a> Pass<'a> {
         Ok(linears.into_iter().try_for_each(|(slot, linear)| self.block.set_linear(slot, linear))?)
     }
 
-    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (tokens, chunk) = (self.tokens, self.chunk);
-        (0..tokens).step_by(chunk).map(move |start| start..tokens.min(start + chunk))
+    /// Path of the block.
+    pub(crate) fn path(&self) -> &str {
+        &self.path
     }
 
-    /// Calls `f` with every chunk of a store, in order.
-    pub(crate) fn each_chunk(
+    /// Weight of a norm.
+    pub(crate) fn norm(&self, norm: NormId) -> &[f32] {
+        self.block.norm(norm).0
+    }
+
+    /// Changes the weight and the bias of a norm.
+    pub(crate) fn edit_norm(&mut self, norm: NormId, edit: impl FnMut(&mut [f32])) {
+        self.block.edit_norm(norm, edit);
+    }
+
+    /// Empties the slots of a stage.
+    pub(crate) fn clear(&mut self, stage: usize) {
+        self.arch.slots(stage).for_each(|slot| drop(self.block.take_linear(slot)));
+    }
+
+    /// Runs a stage on the rows of whole samples. See [`Block::advance`].
+    pub(crate) fn advance(
+        &self,
+        stage: usize,
+        input: ArrayView2<'_, f32>,
+        x: &mut Array2<f32>,
+    ) -> Result<Array2<f32>, Error> {
+        Ok(self.block.advance(stage, input, x, &self.sequences, None)?)
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.pieces(self.tokens)
+    }
+
+    /// The pieces in which so many rows go through the block: whole samples.
+    pub(crate) fn pieces(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let chunk = self.chunk;
+        (0..rows).step_by(chunk).map(move |start| start..rows.min(start + chunk))
+    }
+
+    /// What calibration tells about the input of a stage.
+    pub(crate) fn stats(
         &self,
         store: &mut Activations,
-        mut f: impl FnMut(ArrayView2<'_, f32>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let mut buffer = Vec::new();
-        self.chunks().try_for_each(|rows| f(store.read(rows, &mut buffer)?))
+        stage: usize,
+        needs: Needs,
+        spec: &QuantSpec,
+    ) -> Result<StatsSum, Error> {
+        let features = self.arch.stages[stage].linears[0].in_features;
+        let mut sum = StatsSum::new(needs, features, spec.group.len(features));
+        if needs != Needs::NONE {
+            let mut buffer = Vec::new();
+            for rows in self.chunks() {
+                sum.accumulate(store.read(rows, &mut buffer)?).map_err(ModelError::from)?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// About `tokens` rows of a store: whole samples, evenly spaced, at least one.
+    pub(crate) fn sample(&self, store: &mut Activations, tokens: usize) -> Result<Array2<f32>, Error> {
+        let len = self.sequences.len().max(1);
+        let all = self.tokens / len;
+        let count = (tokens / len).clamp(1, all.max(1));
+        let (mut buffer, mut sample) = (Vec::new(), Array2::zeros((0, 0)));
+        for i in 0..count {
+            let start = i * all / count * len;
+            let rows = store.read(start..start + len, &mut buffer)?;
+            if i == 0 {
+                sample = Array2::zeros((count * len, rows.ncols()));
+            }
+            sample.slice_axis_mut(Axis(0), Slice::from(i * len..(i + 1) * len)).assign(&rows);
+        }
+        Ok(sample)
     }
 
     /// A copy of the residual stream.
@@ -121,7 +185,7 @@ impl<'a> Pass<'a> {
                 output.write(rows.start, next.view())?;
             }
         }
-        self.arch.slots(stage).for_each(|slot| drop(self.block.take_linear(slot)));
+        self.clear(stage);
         Ok(output)
     }
 

@@ -1,10 +1,12 @@
 //! The work itself: every layer read, quantized, written and dropped.
 
-use ndarray::{Array2, ArrayView2};
-use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError, WeightSource};
+use std::collections::HashSet;
+
+use ndarray::Array2;
+use quant_core::{DenseTensor, LinearWeights, QuantizedLinear, TensorError, WeightError};
 use quant_formats::ModelWriter;
-use quant_methods::{LayerWeights, Needs, StatsSum};
-use quant_model::{Embedding, Linear, linear};
+use quant_methods::{LayerWeights, Needs, Rewrite, StatsSum};
+use quant_model::{Embedding, linear};
 
 use super::activations::{Activations, Stores};
 use super::job::{Job, Target};
@@ -24,12 +26,23 @@ pub(crate) struct Run<'a> {
     pub(crate) layers: Vec<LayerSummary>,
     /// Weights that were not finite and were replaced with zero.
     pub(crate) zeroed: usize,
+    /// What transforms make of the current block.
+    pub(super) rewrites: Vec<Rewrite>,
+}
+
+impl<'a> Run<'a> {
+    /// A run that has done nothing yet.
+    pub(crate) fn new(job: &'a Job<'a>, writer: &'a ModelWriter, progress: &'a dyn Progress) -> Self {
+        Self { job, writer, progress, layers: Vec::new(), zeroed: 0, rewrites: Vec::new() }
+    }
 }
 
 impl Run<'_> {
-    /// Copies what is not quantized.
+    /// Copies what is neither quantized nor rewritten.
     pub(crate) fn carry_tensors(&self) -> Result<(), Error> {
-        for tensor in &self.job.carried {
+        let layers = self.job.arch.as_ref().map_or(0, |arch| arch.layers);
+        let later: HashSet<_> = (0..layers).flat_map(|layer| self.job.rewritable_norms(layer)).collect();
+        for tensor in self.job.carried.iter().filter(|tensor| !later.contains(&tensor.name)) {
             self.writer.write(&tensor.name, &self.job.source.tensor(&tensor.name)?)?;
         }
         Ok(())
@@ -60,11 +73,14 @@ impl Run<'_> {
         self.begin();
         for layer in 0..arch.layers {
             let mut pass = Pass::new(arch, layer, source, x, calibration)?;
+            self.transform(&mut pass, layer, stores)?;
             match job.config.true_sequential {
                 true => self.stage_by_stage(&mut pass, stores)?,
                 false => self.block_at_once(&mut pass, stores)?,
             }
             if self.finished() {
+                self.rewrites.clear();
+                (layer + 1..arch.layers).try_for_each(|layer| self.write_norms(layer))?;
                 break;
             }
             x = pass.x;
@@ -93,9 +109,7 @@ impl Run<'_> {
         let mut input = pass.begin(stores)?;
         for stage in 0..pass.arch().stages.len() {
             solved.extend(self.solve_stage(pass, stage, &mut input)?);
-            let slots = pass.arch().slots(stage);
-            let floats = slots.map(|slot| Ok((slot, self.float_linear(pass, slot)?)));
-            let floats = floats.collect::<Result<_, Error>>()?;
+            let floats = self.float_linears(pass, stage)?;
             input = pass.run_stage(stage, floats, input, stores)?;
         }
         drop(input);
@@ -134,13 +148,7 @@ impl Run<'_> {
         if targets.is_empty() {
             return Ok(linears);
         }
-        let features = arch.stages[stage].linears[0].in_features;
-        let mut sum = StatsSum::new(job.quantizer.needs(), features, job.spec.group.len(features));
-        if job.quantizer.needs() != Needs::NONE {
-            pass.each_chunk(input, |x: ArrayView2<'_, f32>| {
-                Ok(sum.accumulate(x).map_err(quant_model::ModelError::from)?)
-            })?;
-        }
+        let sum = pass.stats(input, stage, job.quantizer.needs(), &job.spec)?;
         for (slot, quantized) in slots.into_iter().zip(self.quantize(&targets, sum)?) {
             let weights = LinearWeights::Quantized(Box::new(quantized));
             linears.push((slot, linear(pass.module(slot), weights, arch.conv1d)?));
@@ -148,25 +156,25 @@ impl Run<'_> {
         Ok(linears)
     }
 
-    fn float_linear(&self, pass: &Pass<'_>, slot: usize) -> Result<Box<dyn Linear>, Error> {
-        let module = pass.module(slot);
-        Ok(linear(module, self.job.source.linear(module)?, pass.arch().conv1d)?)
-    }
-
     /// Reads, quantizes and writes linears that share an input.
     fn quantize(&mut self, targets: &[&Target], stats: StatsSum) -> Result<Vec<QuantizedLinear>, Error> {
         let mut layers = Vec::with_capacity(targets.len());
         for target in targets {
-            layers.push(LayerWeights { w: self.read_weight(target)?, spec: self.job.spec });
+            let (w, zeroed) = self.rewritten_weight(target)?;
+            self.zeroed += zeroed;
+            layers.push(LayerWeights { w, spec: self.job.spec });
         }
-        let quantized = self.job.quantizer.quantize(layers, stats.finish()).map_err(|source| {
+        let stats = stats.finish();
+        let input = self.job.quantizer.input(&stats);
+        let quantized = self.job.quantizer.quantize(layers, stats).map_err(|source| {
             let module = targets[source.layer()].module.clone();
             Error::Quantize { module, source }
         })?;
         let mut linears = Vec::with_capacity(targets.len());
         for (target, quantized) in targets.iter().zip(quantized) {
             let mut layer = QuantizedLinear::new(quantized.matrix);
-            layer.bias = target.bias.as_ref().map(|name| self.job.source.tensor(name)).transpose()?;
+            layer.bias = self.rewritten_bias(target)?;
+            layer.input = input.clone();
             for (name, tensor) in self.job.layout.write(&layer, &target.module)? {
                 self.writer.write(&name, &tensor)?;
             }
@@ -177,28 +185,30 @@ impl Run<'_> {
         Ok(linears)
     }
 
-    /// The float weight `[out, in]` of a target, every element finite.
-    fn read_weight(&mut self, target: &Target) -> Result<Array2<f32>, Error> {
+    /// The float weight `[out, in]` of a target, every element finite, and how many were made so.
+    pub(super) fn read_weight(&self, target: &Target) -> Result<(Array2<f32>, usize), Error> {
         let tensor = self.job.source.tensor(&target.weight)?;
         let mut values = to_f32(&tensor, &target.weight)?;
         drop(tensor);
+        let mut zeroed = 0;
         if self.job.config.non_finite == NonFinite::Zero {
             for value in values.iter_mut().filter(|v| !v.is_finite()) {
                 *value = 0.0;
-                self.zeroed += 1;
+                zeroed += 1;
             }
         }
         let (rows, cols) = (target.rows, target.cols);
         let shaped =
             |dim| Array2::from_shape_vec(dim, values).expect("the shape was checked with the header");
-        Ok(match target.transposed {
+        let weight = match target.transposed {
             true => shaped((cols, rows)).reversed_axes().as_standard_layout().into_owned(),
             false => shaped((rows, cols)),
-        })
+        };
+        Ok((weight, zeroed))
     }
 }
 
-fn to_f32(tensor: &DenseTensor, name: &str) -> Result<Vec<f32>, Error> {
+pub(super) fn to_f32(tensor: &DenseTensor, name: &str) -> Result<Vec<f32>, Error> {
     let wrap = |source: TensorError| WeightError::Tensor { name: name.to_owned(), source };
     Ok(tensor.to_f32().map_err(wrap)?)
 }

@@ -152,6 +152,21 @@ impl DenseTensor {
         Self::from_le(DType::F16, shape, values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()))
     }
 
+    /// A tensor of a plain float type, rounded to nearest even. `None` for other types. Panics if `values` does not fit
+    /// `shape`.
+    pub fn from_f32_as(dtype: DType, shape: &[usize], values: &[f32]) -> Option<Self> {
+        let bf16s = || values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes());
+        match dtype {
+            DType::F32 => Some(Self::from_f32(shape, values)),
+            DType::F16 => Some(Self::from_f32_as_f16(shape, values)),
+            DType::BF16 => Some(Self::from_le(dtype, shape, bf16s())),
+            DType::F64 => {
+                Some(Self::from_le(dtype, shape, values.iter().flat_map(|&v| f64::from(v).to_le_bytes())))
+            }
+            _ => None,
+        }
+    }
+
     /// An I32 tensor. Panics if `values` does not fit `shape`.
     pub fn from_i32(shape: &[usize], values: &[i32]) -> Self {
         Self::from_le(DType::I32, shape, values.iter().flat_map(|v| v.to_le_bytes()))

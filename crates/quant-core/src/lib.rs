@@ -31,6 +31,7 @@ mod normal;
 mod params;
 mod source;
 mod spec;
+mod topology;
 
 pub use codes::Codes;
 pub use dtype::{DType, DenseTensor};
@@ -43,3 +44,4 @@ pub use normal::{NormalForm, Prologue};
 pub use params::{Params, ParamsKind};
 pub use source::{WeightError, WeightSource};
 pub use spec::{GroupSize, QuantSpec};
+pub use topology::{NormId, Producer};

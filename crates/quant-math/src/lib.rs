@@ -3,7 +3,8 @@
 //! - [`range`] finds scale and zero point of a group, [`affine`] rounds with them;
 //! - [`hessian`] sums second moments of a layer's input, [`cholesky`] factors them, [`damping`] sees to it that this
 //!   succeeds;
-//! - [`obq`] is the column loop of GPTQ.
+//! - [`histogram`] counts magnitudes of activations, and finds where to clip them;
+//! - [`obq`] is the column loop of GPTQ, [`awq_search`] what AWQ looks for.
 //!
 //! Everything works in place where matrices are large, runs on the current rayon pool, and gives the same bits for
 //! any number of threads: work is cut at fixed places and summed in a fixed order. Loops outside the dense kernels
@@ -33,14 +34,17 @@
 #![forbid(unsafe_code)]
 
 pub mod affine;
+pub mod awq_search;
 pub mod cholesky;
 pub mod damping;
 pub mod hessian;
+pub mod histogram;
 pub mod obq;
 pub mod range;
 
 pub use affine::Affine;
 pub use cholesky::Cholesky;
 pub use hessian::{Hessian, HessianSum};
+pub use histogram::Histogram;
 pub use quant_kernels::ShapeError;
 pub use range::{GridFit, ScaleOverflow, ScaleRule};

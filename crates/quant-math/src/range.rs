@@ -96,7 +96,7 @@ impl GridFit {
     }
 
     /// The range to be covered; never empty.
-    fn range(&self, w: &[f32]) -> (f32, f32) {
+    pub(crate) fn range(&self, w: &[f32]) -> (f32, f32) {
         let low = w.iter().fold(0.0f32, |a, &w| a.min(w));
         let high = w.iter().fold(0.0f32, |a, &w| a.max(w));
         let (low, high) = match (self.symmetric, self.scales) {
@@ -108,7 +108,7 @@ impl GridFit {
     }
 
     /// The grid over a range, or the scale if it is too large.
-    fn grid(&self, low: f32, high: f32) -> Result<Affine, f32> {
+    pub(crate) fn grid(&self, low: f32, high: f32) -> Result<Affine, f32> {
         let max = f32::from(self.max_code());
         let exact = (high - low) / max;
         let stored = f16::from_f32(exact).max(f16::MIN_POSITIVE_SUBNORMAL);
@@ -161,12 +161,12 @@ fn other_zero(grid: Affine, low: f32, max: f32) -> Affine {
     Affine { zero: other as u8, ..grid }
 }
 
-/// `x^p` for `0 <= x <= 2`, `p >= 0`, as `2^(p log2 x)`. Zero gives at most `1e-38` for `p >= 2`.
+/// `x^p` for `0 <= x`, `p >= 0`, with a result of at most `2^127`, as `2^(p log2 x)`. Zero gives at most `1e-38` for `p >= 2`.
 ///
 /// Own code rather than the system's, whose bits differ between machines, and one that the compiler can vectorise.
 /// The relative error stays below `p * 1e-5`: comparing ranges needs far less.
 #[inline(always)]
-fn power(x: f32, p: f32) -> f32 {
+pub fn power(x: f32, p: f32) -> f32 {
     exp2(p * log2(x.max(1e-19)))
 }
 

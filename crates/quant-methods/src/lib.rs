@@ -2,17 +2,25 @@
 #![forbid(unsafe_code)]
 
 mod affine;
+pub mod awq;
 pub mod ggml;
 pub mod gptq;
 mod order;
 pub mod quantizer;
 pub mod registry;
 pub mod rtn;
+pub mod smoothquant;
 pub mod stats;
+pub mod transform;
+pub mod w8a8;
 
+pub use awq::{Awq, AwqOptions, AwqScale};
 pub use gptq::{ColumnOrder, Compat, Gptq, GptqOptions};
 pub use quant_math::{Hessian, HessianSum};
 pub use quantizer::{Fallback, LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
 pub use registry::{METHODS, Method, MethodOptions, UnknownMethod, quantizer};
 pub use rtn::{Rtn, RtnOptions};
+pub use smoothquant::SmoothQuant;
 pub use stats::{LayerStats, Magnitudes, Needs, StatsSum};
+pub use transform::{Rewrite, Stage, StageRunner, Stopped, Transform};
+pub use w8a8::{Activations, Observer, W8a8, W8a8Options};

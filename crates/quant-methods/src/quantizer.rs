@@ -1,9 +1,10 @@
 //! What every quantization method offers: the trait, its inputs, its results.
 
 use ndarray::Array2;
-use quant_core::{MatrixError, QuantSpec, QuantizedMatrix, SpecError};
+use quant_core::{ActSpec, MatrixError, QuantSpec, QuantizedMatrix, SpecError};
 
 use crate::stats::{LayerStats, Needs};
+use crate::transform::Transform;
 
 /// A quantization method: linear layers in, quantized matrices out.
 ///
@@ -18,6 +19,23 @@ pub trait Quantizer: Send + Sync {
 
     /// The calibration statistics that [`Quantizer::quantize`] uses.
     fn needs(&self) -> Needs;
+
+    /// Rewritings of the model that the method begins with, in order.
+    fn transforms(&self) -> Vec<Box<dyn Transform>> {
+        Vec::new()
+    }
+
+    /// Layouts in which its results are expected, best first: the first that can store them is written unless another
+    /// is asked for. Empty: any.
+    fn layouts(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// How the inputs of layers are quantized when they run, from what calibration tells of them. The kind does not depend
+    /// on it: without statistics, only the numbers of static scales are missing.
+    fn input(&self, _stats: &LayerStats) -> ActSpec {
+        ActSpec::Float
+    }
 
     /// What this method does when nothing is asked for; agrees with its options.
     fn default_spec(&self) -> QuantSpec;

@@ -1,9 +1,11 @@
 //! The one list of methods.
 
+use crate::awq::{Awq, AwqOptions};
 use crate::ggml;
 use crate::gptq::{Gptq, GptqOptions};
 use crate::quantizer::Quantizer;
 use crate::rtn::{Rtn, RtnOptions};
+use crate::w8a8::{W8a8, W8a8Options};
 
 /// Options of all methods; each takes its own.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -12,6 +14,10 @@ pub struct MethodOptions {
     pub rtn: RtnOptions,
     /// GPTQ.
     pub gptq: GptqOptions,
+    /// AWQ.
+    pub awq: AwqOptions,
+    /// W8A8.
+    pub w8a8: W8a8Options,
 }
 
 /// An entry of the registry.
@@ -27,6 +33,8 @@ pub struct Method {
 pub const METHODS: &[Method] = &[
     Method { name: "rtn", build: |o| Box::new(Rtn::new(o.rtn)) },
     Method { name: "gptq", build: |o| Box::new(Gptq::new(o.gptq)) },
+    Method { name: "awq", build: |o| Box::new(Awq::new(o.awq)) },
+    Method { name: "w8a8", build: |o| Box::new(W8a8::new(o.w8a8)) },
     Method { name: "q4_0", build: |_| Box::new(ggml::TYPES[0]) },
     Method { name: "q4_1", build: |_| Box::new(ggml::TYPES[1]) },
     Method { name: "q5_0", build: |_| Box::new(ggml::TYPES[2]) },

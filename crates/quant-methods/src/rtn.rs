@@ -98,18 +98,30 @@ pub(crate) fn round_to_nearest(
     fit: GridFit,
 ) -> Result<Quantized, QuantizeError> {
     let start = Instant::now();
+    let grids = fit_groups(layer, w, spec.group.len(w.ncols()), fit)?;
+    let mut quantized = round_on(layer, w, spec, fit, &grids)?;
+    quantized.report.seconds = start.elapsed().as_secs_f64();
+    Ok(quantized)
+}
+
+/// Rounds one layer of finite weights with contiguous rows on the grids of its groups, `[rows, groups]`.
+pub(crate) fn round_on(
+    layer: usize,
+    w: ArrayView2<'_, f32>,
+    spec: &QuantSpec,
+    fit: GridFit,
+    grids: &Array2<Affine>,
+) -> Result<Quantized, QuantizeError> {
     let (rows, cols) = w.dim();
     let len = spec.group.len(cols);
-    let grids = fit_groups(layer, w, len, fit)?;
     let codes = affine::pack_rows(spec.bits, rows, cols, |r, codes| {
         let groups = contiguous(w.row(r)).chunks(len).zip(codes.chunks_mut(len));
         groups.zip(grids.row(r)).for_each(|((w, codes), grid)| grid.quantize(fit.max_code(), w, codes));
     })
     .map_err(|source| QuantizeError::Matrix { layer, source })?;
-    let matrix = affine::matrix(codes, len, &grids, None, None);
+    let matrix = affine::matrix(codes, len, grids, None, None);
     let rel_error = affine::relative(affine::square_error(w, &matrix), affine::square_norm(w));
-    let report = LayerReport { rel_error, seconds: start.elapsed().as_secs_f64(), ..LayerReport::default() };
-    Ok(Quantized { matrix, report })
+    Ok(Quantized { matrix, report: LayerReport { rel_error, ..LayerReport::default() } })
 }
 
 /// The grid of every group of `len` columns, `[rows, groups]`.

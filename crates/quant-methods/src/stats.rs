@@ -1,7 +1,7 @@
 //! What calibration tells a method about the input of a layer.
 
 use ndarray::{ArrayView2, Axis, Slice};
-use quant_math::{Hessian, HessianSum, ShapeError};
+use quant_math::{Hessian, HessianSum, Histogram, ShapeError};
 use rayon::prelude::*;
 
 /// The calibration statistics that a method uses: a set. Each costs time and memory, so a method names what it needs.
@@ -13,17 +13,22 @@ pub struct Needs {
     pub group_hessians: bool,
     /// [`LayerStats::magnitudes`].
     pub magnitudes: bool,
+    /// [`LayerStats::histogram`].
+    pub histogram: bool,
 }
 
 impl Needs {
     /// Nothing: no calibration data, no forward pass.
-    pub const NONE: Self = Self { hessian: false, group_hessians: false, magnitudes: false };
+    pub const NONE: Self =
+        Self { hessian: false, group_hessians: false, magnitudes: false, histogram: false };
     /// The second moments of all features.
     pub const HESSIAN: Self = Self { hessian: true, ..Self::NONE };
     /// The second moments inside groups.
     pub const GROUP_HESSIANS: Self = Self { group_hessians: true, ..Self::NONE };
     /// The magnitudes of features.
     pub const MAGNITUDES: Self = Self { magnitudes: true, ..Self::NONE };
+    /// A histogram of all features together.
+    pub const HISTOGRAM: Self = Self { histogram: true, ..Self::NONE };
 
     /// Bytes of the statistics of an input of `features` features in groups of `group_len`.
     pub fn bytes(self, features: usize, group_len: usize) -> usize {
@@ -44,6 +49,8 @@ pub struct LayerStats {
     pub group_hessians: Option<Vec<Hessian>>,
     /// Mean and largest magnitude of every feature.
     pub magnitudes: Option<Magnitudes>,
+    /// How often all features together have which magnitude.
+    pub histogram: Option<Histogram>,
 }
 
 /// How large the features of an input are.
@@ -62,6 +69,7 @@ pub struct StatsSum {
     hessian: Option<HessianSum>,
     groups: Option<(usize, Vec<HessianSum>)>,
     magnitudes: Option<MagnitudeSum>,
+    histogram: Option<Histogram>,
 }
 
 impl StatsSum {
@@ -74,6 +82,7 @@ impl StatsSum {
             hessian: needs.hessian.then(|| HessianSum::new(features)),
             groups: needs.group_hessians.then(|| (len, blocks().collect())),
             magnitudes: needs.magnitudes.then(|| MagnitudeSum::new(features)),
+            histogram: needs.histogram.then(Histogram::default),
         }
     }
 
@@ -98,6 +107,9 @@ impl StatsSum {
         if let Some(sum) = &mut self.magnitudes {
             sum.accumulate(x);
         }
+        if let Some(histogram) = &mut self.histogram {
+            histogram.accumulate(x);
+        }
         Ok(())
     }
 
@@ -107,6 +119,7 @@ impl StatsSum {
             hessian: self.hessian.map(HessianSum::finish),
             group_hessians: self.groups.map(|(_, sums)| sums.into_iter().map(HessianSum::finish).collect()),
             magnitudes: self.magnitudes.map(MagnitudeSum::finish),
+            histogram: self.histogram,
         }
     }
 }
@@ -151,7 +164,7 @@ mod tests {
     use super::*;
     use ndarray::{Array2, array, concatenate};
 
-    const ALL: Needs = Needs { hessian: true, group_hessians: true, magnitudes: true };
+    const ALL: Needs = Needs { hessian: true, group_hessians: true, magnitudes: true, histogram: true };
 
     #[test]
     fn only_what_is_needed_is_gathered() {
@@ -180,6 +193,7 @@ mod tests {
             assert_eq!(block.slice_axis(Axis(1), part), group.matrix);
             assert_eq!(group.rows, 8);
         }
+        assert_eq!(stats.histogram.unwrap().count(), 56);
         let magnitudes = stats.magnitudes.unwrap();
         for (k, column) in x.columns().into_iter().enumerate() {
             let sizes: Vec<f32> = column.iter().map(|x| x.abs()).collect();

@@ -3,7 +3,7 @@
 mod fields;
 mod table;
 
-use quant_core::WeightSource;
+use quant_core::{NormId, Producer, WeightSource};
 use serde_json::Value;
 
 use crate::error::ConfigError;
@@ -256,6 +256,46 @@ impl ArchSpec {
     pub fn slots(&self, stage: usize) -> std::ops::Range<usize> {
         let start = self.stages[..stage].iter().map(|s| s.linears.len()).sum();
         start..start + self.stages[stage].linears.len()
+    }
+
+    /// What makes the input of a stage.
+    pub fn producer(&self, stage: usize) -> Producer {
+        let last = |kind| {
+            let at = self.stages.iter().position(|s| s.kind == kind).expect("a block has every kind");
+            (self.slots(at).end - 1, self.stages[at].linears.last().map_or(0, |linear| linear.out_features))
+        };
+        match (self.stages[stage].kind, self.norm.place) {
+            (StageKind::Qkv, NormPlace::Before) => Producer::Norm(NormId::Attention),
+            (StageKind::MlpIn, NormPlace::Before) => Producer::Norm(NormId::Mlp),
+            (StageKind::Qkv | StageKind::MlpIn, NormPlace::After) => {
+                Producer::Fixed { because: "the norm before it also feeds the residual stream" }
+            }
+            // Attention is linear in the values, which are the last outputs of the stage.
+            (StageKind::AttentionOut, _) => {
+                let (slot, outputs) = last(StageKind::Qkv);
+                let (first, dim, shared) =
+                    (outputs - self.kv_size(), self.head_dim, self.heads / self.kv_heads);
+                let row = |k: usize| first + k / dim / shared * dim + k % dim;
+                Producer::Outputs { slot, rows: (0..self.q_size()).map(row).collect() }
+            }
+            // The activated gate is multiplied with the last outputs of the stage; max(x, 0) keeps positive factors.
+            (StageKind::MlpOut, _) if self.gated || self.activation == Activation::Relu => {
+                let (slot, outputs) = last(StageKind::MlpIn);
+                let first = outputs - self.intermediate_size;
+                Producer::Outputs { slot, rows: (first..outputs).collect() }
+            }
+            (StageKind::MlpOut, _) => {
+                Producer::Fixed { because: "it is the output of an activation function" }
+            }
+        }
+    }
+
+    /// Path of a norm below its block.
+    pub fn norm_name(&self, norm: NormId) -> &'static str {
+        match norm {
+            NormId::Attention => self.names.attention_norm,
+            NormId::Mlp => self.names.mlp_norm,
+        }
     }
 
     /// Path of a block, such as `model.layers.3`, as this checkpoint spells it.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, Axis, Slice};
-use quant_core::{WeightError, WeightSource};
+use quant_core::{NormId, WeightError, WeightSource};
 use quant_kernels::{Heads, KvStore, Mask, attend, attend_stored, pool, vec};
 
 use crate::arch::{Activation, ArchSpec, LinearSpec, NormKind, NormPlace, PositionSpec, StageKind};
@@ -175,6 +175,25 @@ impl Block {
     /// Empties a slot and hands over what it held.
     pub fn take_linear(&mut self, slot: usize) -> Option<Box<dyn Linear>> {
         self.slots[slot].linear.take()
+    }
+
+    /// Weight of a norm, and its bias if it has one, `[hidden]` each.
+    pub fn norm(&self, norm: NormId) -> (&[f32], Option<&[f32]>) {
+        let Norm { weight, bias, .. } = match norm {
+            NormId::Attention => &self.attention_norm,
+            NormId::Mlp => &self.mlp_norm,
+        };
+        (weight, bias.as_deref())
+    }
+
+    /// Changes the weight of a norm, and then its bias if it has one, `[hidden]` each.
+    pub fn edit_norm(&mut self, norm: NormId, mut edit: impl FnMut(&mut [f32])) {
+        let Norm { weight, bias, .. } = match norm {
+            NormId::Attention => &mut self.attention_norm,
+            NormId::Mlp => &mut self.mlp_norm,
+        };
+        edit(weight);
+        bias.iter_mut().for_each(|bias| edit(bias));
     }
 
     /// Bytes of all weights in memory.

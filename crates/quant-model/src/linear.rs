@@ -155,9 +155,14 @@ impl DenseMatrix {
                 let w = shaped(dim, transpose, halves().map(|&b| bf16::from_le_bytes(b)).collect());
                 DensePanels::pack(DenseView::Bf16(w.view()))
             }
-            _ => DensePanels::pack(DenseView::F32(dense_f32(name, tensor, transpose)?.view())),
+            _ => return Ok(Self::from_f32(dense_f32(name, tensor, transpose)?.view())),
         };
         Ok(DenseMatrix(packed.expect("rows are contiguous")))
+    }
+
+    /// A matrix of these elements.
+    pub fn from_f32(matrix: ArrayView2<'_, f32>) -> Self {
+        DenseMatrix(DensePanels::pack(DenseView::F32(matrix)).expect("rows are contiguous"))
     }
 
     /// `[rows, cols]`.
@@ -222,6 +227,11 @@ impl DenseLinear {
     pub fn new(weight: Arc<DenseMatrix>, bias: Option<Vec<f32>>) -> Self {
         assert!(bias.as_ref().is_none_or(|bias| bias.len() == weight.dim().0), "one bias per output");
         Self { weight, bias }
+    }
+
+    /// A layer of these weights `[out, in]`, with contiguous rows, and this bias `[out]`.
+    pub fn from_f32(weight: ArrayView2<'_, f32>, bias: Option<Vec<f32>>) -> Self {
+        Self::new(Arc::new(DenseMatrix::from_f32(weight)), bias)
     }
 }
 

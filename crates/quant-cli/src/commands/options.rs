@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use quant::{
-    CalibrationSource, ColumnOrder, Compat, GptqOptions, GroupSize, MethodOptions, NonFinite, QuantizeConfig,
+    Activations, AwqOptions, CalibrationSource, ColumnOrder, Compat, GptqOptions, GroupSize, MethodOptions,
+    NonFinite, Observer, QuantizeConfig, W8a8Options,
 };
 use regex::Regex;
 
@@ -92,6 +93,52 @@ pub(crate) struct QuantizeOptions {
     /// Reproduce the codes of another implementation
     #[arg(long, value_enum, help_heading = "GPTQ")]
     compat: Option<CompatName>,
+    /// Exponents tried in the search for factors of inputs
+    #[arg(long, default_value_t = AwqOptions::default().steps, value_name = "N", help_heading = "AWQ")]
+    n_grid: usize,
+    /// Choose factors of inputs by activations alone, without the weights
+    #[arg(long, help_heading = "AWQ")]
+    no_duo_scaling: bool,
+    /// Keep the whole range of each group
+    #[arg(long, help_heading = "AWQ")]
+    no_clip: bool,
+    /// Calibration tokens on which factors of inputs are tried
+    #[arg(long, default_value_t = AwqOptions::default().tokens, value_name = "N", help_heading = "AWQ")]
+    search_tokens: usize,
+    /// Migration strength of SmoothQuant, 0 to 1: how much of the difficulty moves from activations into weights; off
+    /// leaves them as they are [default: 0.5]
+    #[arg(long, value_name = "ALPHA", value_parser = smooth, help_heading = "W8A8")]
+    smooth: Option<Smooth>,
+    /// Where the scale of static activations comes from; without it each token has its own at run time
+    #[arg(long, value_enum, value_name = "OBSERVER", help_heading = "W8A8")]
+    static_activations: Option<ObserverName>,
+    /// Percentile of the observer of that name
+    #[arg(long, default_value_t = 99.99, value_name = "PERCENT", help_heading = "W8A8")]
+    percentile: f64,
+}
+
+/// A migration strength, or none.
+#[derive(Clone, Copy)]
+struct Smooth(Option<f32>);
+
+fn smooth(text: &str) -> Result<Smooth, String> {
+    match text {
+        "off" => Ok(Smooth(None)),
+        text => text.parse().map(|alpha| Smooth(Some(alpha))).map_err(|_| "a number, or off".to_owned()),
+    }
+}
+
+/// Observers of activations.
+#[derive(Clone, Copy, ValueEnum)]
+enum ObserverName {
+    /// The largest value
+    Minmax,
+    /// A percentile of the values
+    Percentile,
+    /// Least squared error
+    Mse,
+    /// Least loss of information
+    Entropy,
 }
 
 /// What to do with NaN and infinity.
@@ -128,6 +175,22 @@ impl QuantizeOptions {
             block_size: self.block_size,
             ..defaults
         };
+        let awq = AwqOptions {
+            steps: self.n_grid,
+            duo_scaling: !self.no_duo_scaling,
+            clip: !self.no_clip,
+            tokens: self.search_tokens,
+        };
+        let observer = self.static_activations.map(|name| match name {
+            ObserverName::Minmax => Observer::MinMax,
+            ObserverName::Percentile => Observer::Percentile(self.percentile / 100.0),
+            ObserverName::Mse => Observer::LeastSquares,
+            ObserverName::Entropy => Observer::Entropy,
+        });
+        let w8a8 = W8a8Options {
+            alpha: self.smooth.map_or(W8a8Options::default().alpha, |Smooth(alpha)| alpha),
+            activations: observer.map_or(Activations::Dynamic, Activations::Static),
+        };
         let symmetric = match (self.sym, self.asym) {
             (true, _) => Some(true),
             (_, true) => Some(false),
@@ -143,7 +206,7 @@ impl QuantizeOptions {
             bits: self.bits.unwrap_or(defaults.bits),
             group: self.group_size.unwrap_or(defaults.group),
             symmetric,
-            options: MethodOptions { gptq, ..MethodOptions::default() },
+            options: MethodOptions { gptq, awq, w8a8, ..MethodOptions::default() },
             layout,
             calibration: self.calibration.clone().map_or(CalibrationSource::Builtin, CalibrationSource::File),
             samples: self.samples,

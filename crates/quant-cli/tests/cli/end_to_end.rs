@@ -156,7 +156,12 @@ fn hashes(model: &TinyModel, name: &str, more: &[&str]) -> BTreeMap<String, Valu
 #[test]
 fn bytes_do_not_depend_on_threads() {
     for arch in [Arch::Llama, Arch::Gpt2] {
-        for options in [&["--method", "gptq", "--desc-act"][..], &["--method", "gptq", "--bits", "3"]] {
+        for options in [
+            &["--method", "gptq", "--desc-act"][..],
+            &["--method", "gptq", "--bits", "3"],
+            &["--method", "awq"],
+            &["--method", "w8a8", "--static-activations", "entropy"],
+        ] {
             let model = TinyModel::new(arch);
             let with = |threads: &'static str| {
                 let mut arguments = options.to_vec();

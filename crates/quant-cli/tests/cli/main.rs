@@ -8,4 +8,5 @@ mod end_to_end;
 mod gpt2;
 mod malformed;
 mod support;
+mod transforms;
 mod usage;
