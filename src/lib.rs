@@ -37,7 +37,8 @@ pub use quant_formats::{
 };
 pub use quant_kernels::isa::IsaError;
 pub use quant_methods::{
-    Activations, AwqOptions, ColumnOrder, Compat, GptqOptions, MethodOptions, Observer, W8a8Options,
+    Activations, AwqOptions, ColumnOrder, Compat, GptqOptions, HqqOptions, MethodOptions, Observer, Proximal,
+    ProximalVersion, SinqOptions, SinqRounding, W8a8Options,
 };
 pub use quant_model::{
     ChatTemplate, Compute, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError,

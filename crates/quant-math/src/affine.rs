@@ -61,7 +61,7 @@ pub(crate) fn round_ties_even(x: f32) -> f32 {
 /// The integer `code` in 0..=255 as a byte: the lowest bits of the significand of `code + 2^23`.
 /// A cast saturates, which costs several instructions where there is no vector form of it.
 #[inline(always)]
-pub(crate) fn code_bits(code: f32) -> u8 {
+pub fn code_bits(code: f32) -> u8 {
     (code + 8_388_608.0).to_bits() as u8
 }
 

@@ -4,7 +4,9 @@
 //! - [`hessian`] sums second moments of a layer's input, [`cholesky`] factors them, [`damping`] sees to it that this
 //!   succeeds;
 //! - [`histogram`] counts magnitudes of activations, and finds where to clip them;
-//! - [`obq`] is the column loop of GPTQ, [`awq_search`] what AWQ looks for.
+//! - [`obq`] is the column loop of GPTQ, [`awq_search`] what AWQ looks for;
+//! - [`grouped`] hands out the weights of a matrix by group, [`proximal`] finds HQQ's zero points;
+//! - [`sinkhorn`] evens out a matrix for SINQ, [`codebook`] finds the nearest value of a table.
 //!
 //! Everything works in place where matrices are large, runs on the current rayon pool, and gives the same bits for
 //! any number of threads: work is cut at fixed places and summed in a fixed order. Loops outside the dense kernels
@@ -36,15 +38,22 @@
 pub mod affine;
 pub mod awq_search;
 pub mod cholesky;
+pub mod codebook;
 pub mod damping;
+pub mod grouped;
 pub mod hessian;
 pub mod histogram;
 pub mod obq;
+pub mod proximal;
 pub mod range;
+pub mod sinkhorn;
 
 pub use affine::Affine;
 pub use cholesky::Cholesky;
+pub use codebook::Codebook;
+pub use grouped::Grouped;
 pub use hessian::{Hessian, HessianSum};
 pub use histogram::Histogram;
+pub use proximal::{Proximal, ZeroGrid};
 pub use quant_kernels::ShapeError;
 pub use range::{GridFit, ScaleOverflow, ScaleRule};

@@ -1,6 +1,8 @@
 //! What methods with integer codes and a scale per row group share: checks, measures, and the way from codes and
 //! grids to a [`QuantizedMatrix`].
 
+use std::time::Instant;
+
 use half::f16;
 use ndarray::{Array2, ArrayView2, Axis};
 use quant_core::{
@@ -10,7 +12,7 @@ use quant_core::{
 use quant_math::Affine;
 use rayon::prelude::*;
 
-use crate::quantizer::{LayerWeights, QuantizeError, Quantizer};
+use crate::quantizer::{LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
 
 /// Rows in one piece of parallel work.
 pub(crate) const ROWS: usize = 32;
@@ -89,6 +91,13 @@ pub(crate) fn square_error(w: ArrayView2<'_, f32>, matrix: &QuantizedMatrix) -> 
 /// `‖error‖ / ‖w‖` from the squares of both.
 pub(crate) fn relative(error: f64, w: f64) -> f64 {
     if w > 0.0 { (error / w).sqrt() } else { 0.0 }
+}
+
+/// The result for weights `w`, begun at `start`, with its error.
+pub(crate) fn measured(start: Instant, w: ArrayView2<'_, f32>, matrix: QuantizedMatrix) -> Quantized {
+    let rel_error = relative(square_error(w, &matrix), square_norm(w));
+    let report = LayerReport { rel_error, seconds: start.elapsed().as_secs_f64(), ..LayerReport::default() };
+    Quantized { matrix, report }
 }
 
 /// Fills the codes of each row with `fill(row, out)`, in parallel.

@@ -22,7 +22,7 @@ use quant_core::{
 use rayon::prelude::*;
 
 use crate::affine;
-use crate::quantizer::{LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
+use crate::quantizer::{LayerWeights, QuantizeError, Quantized, Quantizer};
 use crate::stats::{LayerStats, Needs};
 
 /// Weights of a block.
@@ -216,12 +216,7 @@ impl Quantizer for Ggml {
         let layers = affine::checked(self, layers)?;
         let each = |(layer, LayerWeights { w, .. }): (usize, LayerWeights)| {
             let start = Instant::now();
-            let matrix = self.encode(layer, w.view())?;
-            let error = affine::square_error(w.view(), &matrix);
-            let rel_error = affine::relative(error, affine::square_norm(w.view()));
-            let report =
-                LayerReport { rel_error, seconds: start.elapsed().as_secs_f64(), ..Default::default() };
-            Ok(Quantized { matrix, report })
+            Ok(affine::measured(start, w.view(), self.encode(layer, w.view())?))
         };
         layers.into_iter().enumerate().map(each).collect()
     }

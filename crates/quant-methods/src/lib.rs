@@ -2,13 +2,16 @@
 #![forbid(unsafe_code)]
 
 mod affine;
+mod aux8;
 pub mod awq;
 pub mod ggml;
 pub mod gptq;
+pub mod hqq;
 mod order;
 pub mod quantizer;
 pub mod registry;
 pub mod rtn;
+pub mod sinq;
 pub mod smoothquant;
 pub mod stats;
 pub mod transform;
@@ -16,10 +19,13 @@ pub mod w8a8;
 
 pub use awq::{Awq, AwqOptions, AwqScale};
 pub use gptq::{ColumnOrder, Compat, Gptq, GptqOptions};
+pub use hqq::{Hqq, HqqOptions};
+pub use quant_math::proximal::{Proximal, ProximalVersion};
 pub use quant_math::{Hessian, HessianSum};
 pub use quantizer::{Fallback, LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
 pub use registry::{METHODS, Method, MethodOptions, UnknownMethod, quantizer};
 pub use rtn::{Rtn, RtnOptions};
+pub use sinq::{Sinq, SinqOptions, SinqRounding};
 pub use smoothquant::SmoothQuant;
 pub use stats::{LayerStats, Magnitudes, Needs, StatsSum};
 pub use transform::{Rewrite, Stage, StageRunner, Stopped, Transform};

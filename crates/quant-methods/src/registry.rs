@@ -3,8 +3,10 @@
 use crate::awq::{Awq, AwqOptions};
 use crate::ggml;
 use crate::gptq::{Gptq, GptqOptions};
+use crate::hqq::{Hqq, HqqOptions};
 use crate::quantizer::Quantizer;
 use crate::rtn::{Rtn, RtnOptions};
+use crate::sinq::{Sinq, SinqOptions};
 use crate::w8a8::{W8a8, W8a8Options};
 
 /// Options of all methods; each takes its own.
@@ -18,6 +20,10 @@ pub struct MethodOptions {
     pub awq: AwqOptions,
     /// W8A8.
     pub w8a8: W8a8Options,
+    /// HQQ.
+    pub hqq: HqqOptions,
+    /// SINQ.
+    pub sinq: SinqOptions,
 }
 
 /// An entry of the registry.
@@ -35,6 +41,8 @@ pub const METHODS: &[Method] = &[
     Method { name: "gptq", build: |o| Box::new(Gptq::new(o.gptq)) },
     Method { name: "awq", build: |o| Box::new(Awq::new(o.awq)) },
     Method { name: "w8a8", build: |o| Box::new(W8a8::new(o.w8a8)) },
+    Method { name: "hqq", build: |o| Box::new(Hqq::new(o.hqq)) },
+    Method { name: "sinq", build: |o| Box::new(Sinq::new(o.sinq)) },
     Method { name: "q4_0", build: |_| Box::new(ggml::TYPES[0]) },
     Method { name: "q4_1", build: |_| Box::new(ggml::TYPES[1]) },
     Method { name: "q5_0", build: |_| Box::new(ggml::TYPES[2]) },

@@ -1,5 +1,7 @@
 //! Options that `quantize` and `plan` share.
 
+mod library;
+
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -9,6 +11,7 @@ use quant::{
 };
 use regex::Regex;
 
+use self::library::{HqqArgs, SinqArgs};
 use crate::failure::Failure;
 use crate::size;
 
@@ -90,8 +93,8 @@ pub(crate) struct QuantizeOptions {
     /// Observe all layers of a block before the first is quantized
     #[arg(long, help_heading = "GPTQ")]
     no_true_sequential: bool,
-    /// Reproduce the codes of another implementation
-    #[arg(long, value_enum, help_heading = "GPTQ")]
+    /// Reproduce the codes of another implementation of the method
+    #[arg(long, value_enum)]
     compat: Option<CompatName>,
     /// Exponents tried in the search for factors of inputs
     #[arg(long, default_value_t = AwqOptions::default().steps, value_name = "N", help_heading = "AWQ")]
@@ -115,6 +118,10 @@ pub(crate) struct QuantizeOptions {
     /// Percentile of the observer of that name
     #[arg(long, default_value_t = 99.99, value_name = "PERCENT", help_heading = "W8A8")]
     percentile: f64,
+    #[command(flatten)]
+    hqq: HqqArgs,
+    #[command(flatten)]
+    sinq: SinqArgs,
 }
 
 /// A migration strength, or none.
@@ -153,8 +160,23 @@ enum Nan {
 /// Implementations that can be reproduced.
 #[derive(Clone, Copy, ValueEnum)]
 enum CompatName {
-    /// GPTQModel 7
+    /// GPTQModel 7 (gptq)
     Gptqmodel,
+    /// hqq 0.2.8 (hqq)
+    Hqq,
+    /// sinq 0.2.0 (sinq)
+    Sinq,
+}
+
+impl CompatName {
+    /// The method whose codes it reproduces.
+    fn method(self) -> &'static str {
+        match self {
+            CompatName::Gptqmodel => "gptq",
+            CompatName::Hqq => "hqq",
+            CompatName::Sinq => "sinq",
+        }
+    }
 }
 
 impl QuantizeOptions {
@@ -165,8 +187,14 @@ impl QuantizeOptions {
             (false, true) => ColumnOrder::Natural,
             (false, false) => ColumnOrder::GroupAware,
         };
-        let compat = self.compat.map(|CompatName::Gptqmodel| Compat::GptqModel);
-        let defaults = compat.map_or_else(GptqOptions::default, GptqOptions::like);
+        let method = self.method.as_deref().or(self.r#type.as_deref()).unwrap_or("gptq").to_lowercase();
+        if let Some(compat) = self.compat.filter(|compat| compat.method() != method) {
+            let message = format!("this --compat is for --method {}, not {method}", compat.method());
+            return Err(Failure::Usage(message));
+        }
+        let compat = self.compat.is_some();
+        let like = (compat && method == "gptq").then_some(Compat::GptqModel);
+        let defaults = like.map_or_else(GptqOptions::default, GptqOptions::like);
         let gptq = GptqOptions {
             order,
             static_groups: self.static_groups,
@@ -196,7 +224,6 @@ impl QuantizeOptions {
             (_, true) => Some(false),
             _ => None,
         };
-        let method = self.method.as_deref().or(self.r#type.as_deref()).unwrap_or("gptq").to_lowercase();
         let defaults = QuantizeConfig::new(&method)?;
         let layout = match (&self.format, &self.r#type) {
             (Some(format), Some(ty)) => Some(format!("{format}:{ty}")),
@@ -204,9 +231,20 @@ impl QuantizeOptions {
         };
         let config = QuantizeConfig {
             bits: self.bits.unwrap_or(defaults.bits),
-            group: self.group_size.unwrap_or(defaults.group),
+            group: match self.group_size.unwrap_or(defaults.group) {
+                GroupSize::Columns(len) if self.hqq.axis == 0 => GroupSize::Strided(len),
+                GroupSize::Columns(len) if self.sinq.squares() => GroupSize::Tile { rows: len, cols: len },
+                group => group,
+            },
             symmetric,
-            options: MethodOptions { gptq, awq, w8a8, ..MethodOptions::default() },
+            options: MethodOptions {
+                gptq,
+                awq,
+                w8a8,
+                hqq: self.hqq.options(compat),
+                sinq: self.sinq.options(compat),
+                ..MethodOptions::default()
+            },
             layout,
             calibration: self.calibration.clone().map_or(CalibrationSource::Builtin, CalibrationSource::File),
             samples: self.samples,

@@ -78,6 +78,10 @@ impl Sinq {
                 Ok((packing, len.min(cols)))
             }
             GroupSize::Row if cols > 0 => Ok((packing, cols)),
+            // Square tiles.
+            GroupSize::Tile { rows, cols: len } if rows == len && cols > 0 && cols.is_multiple_of(len) => {
+                Ok((packing, len))
+            }
             other => {
                 let remedy = format!("groups must divide the {cols} inputs");
                 Err(self.unsupported("group size", other, remedy))
@@ -188,8 +192,16 @@ impl Layout for Sinq {
             GridKind::Nf4 if spec.bits == 4 => {}
             other => return Err(self.unsupported("grid", other, "it has integers and nf4 of 4 bits")),
         }
+        let squares = matches!(spec.group, GroupSize::Tile { .. });
+        if squares && !layer.rows.is_multiple_of(len) {
+            let remedy = format!("square tiles must divide it by {len}; choose 1D tiles");
+            return Err(self.unsupported("number of outputs", layer.rows, remedy));
+        }
         match spec.scales {
             ParamsKind::F16 | ParamsKind::BF16 | ParamsKind::F32 => {}
+            ParamsKind::Affine8 if squares => {
+                return Err(self.unsupported("8-bit scales", "of square tiles", "choose plain scales"));
+            }
             ParamsKind::Affine8 if count.is_multiple_of(AUX_ROWS) => {}
             ParamsKind::Affine8 => {
                 let remedy = "8-bit scales need a multiple of 32 groups; choose plain scales";
@@ -221,13 +233,18 @@ impl Layout for Sinq {
                 plan.push(layer.part(&format!("{part}.s"), DType::F16, &[1, columns]));
                 plan.push(layer.part(&format!("{part}.m"), DType::F16, &[1, columns]));
             }
+            plan.push(layer.part("meta.scale2", DType::F16, &[1, cols]));
         } else {
             let dtype = module::param_type(spec.scales);
-            plan.push(layer.part("meta.scale", dtype, &[count, 1]));
-            let zero: &[usize] = if spec.symmetric && spec.grid == GridKind::Int { &[] } else { &[count, 1] };
-            plan.push(layer.part("meta.zero", dtype, zero));
+            let (params, second) = match spec.group {
+                GroupSize::Tile { .. } => (vec![count / len, len, 1], vec![count / len, 1, len]),
+                _ => (vec![count, 1], vec![1, cols]),
+            };
+            plan.push(layer.part("meta.scale", dtype, &params));
+            let one = spec.symmetric && spec.grid == GridKind::Int;
+            plan.push(layer.part("meta.zero", dtype, if one { &[] } else { &params[..] }));
+            plan.push(layer.part("meta.scale2", DType::F16, &second));
         }
-        plan.push(layer.part("meta.scale2", DType::F16, &[1, cols]));
         plan.extend(layer.bias_part());
         plan
     }
@@ -318,7 +335,7 @@ impl Layout for Sinq {
             "quant_method": "sinq",
             "nbits": model.spec.bits,
             "group_size": model.spec.group.as_config(),
-            "tiling_mode": "1D",
+            "tiling_mode": if matches!(model.spec.group, GroupSize::Tile { .. }) { "2D" } else { "1D" },
             "method": method,
             "modules_to_not_convert": module::skipped(model),
         });
