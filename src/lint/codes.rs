@@ -2,6 +2,8 @@
 
 use quant_core::{Grid, Offset, QuantizedMatrix};
 
+use super::scales::ScaleSlope;
+
 /// Rows that are looked at, evenly spread: more say nothing new.
 const ROWS: usize = 256;
 
@@ -23,13 +25,16 @@ pub(super) struct CodeStatistics {
     groups: usize,
     /// Codes of a group, in the middle.
     group_len: usize,
+    /// How scales fall with the codes.
+    pub(super) scale_slope: ScaleSlope,
     /// Scales that no quantizer makes.
     pub(super) scale_problem: Option<String>,
 }
 
 impl CodeStatistics {
     pub(super) fn of(matrix: &QuantizedMatrix) -> Self {
-        let mut found = Self { scale_problem: scale_problem(matrix), ..Self::default() };
+        let (scale_problem, scale_slope) = (scale_problem(matrix), ScaleSlope::of(matrix));
+        let mut found = Self { scale_problem, scale_slope, ..Self::default() };
         let Grid::Int { midpoint } = matrix.grid else { return found };
         let zero = |g: usize| match &matrix.offset {
             Offset::None => Some(f64::from(midpoint)),

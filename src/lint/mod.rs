@@ -4,27 +4,32 @@
 //! are, what they cannot see, and how often they are right is in `docs/lint.md`.
 
 mod codes;
+mod columns;
 mod rotary;
+mod scales;
 #[cfg(test)]
 mod tests;
 
 use std::path::Path;
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use quant_core::WeightSource;
 use quant_formats::{Checkpoint, Finding, Severity, display_name};
-use quant_model::{ArchSpec, PositionSpec, weight_f32};
+use quant_model::{ArchSpec, NormPlace, PositionSpec, StageKind, weight_f32};
 use rayon::prelude::*;
 use serde_json::Value;
 
 use self::codes::CodeStatistics;
+use self::columns::ColumnStatistics;
 use self::rotary::RotaryStatistics;
+use self::scales::ScaleSlope;
 use crate::error::Error;
 use crate::verify::Verification;
 
 /// Looks for mistakes of converters in a checkpoint: zero points that are off by one (version 1 of GPTQ read as
 /// version 2 and the other way round), codes in another order than their zero points (nibbles, groups), columns in
-/// another order than their groups (act-order), scales that cannot be, ties that are none, rows of queries and keys in
+/// another order than their groups (act-order), codes under scales of other groups, columns in another order within
+/// each eight, scales that cannot be, ties that are none, rows of queries and keys in
 /// the order of another rotary embedding.
 pub fn lint(model: &Path) -> Result<Verification, Error> {
     let checkpoint = Checkpoint::open(model)?;
@@ -34,6 +39,9 @@ pub fn lint(model: &Path) -> Result<Verification, Error> {
         findings.extend(lint_act_order(&checkpoint)?);
     }
     if let Ok(arch) = ArchSpec::from_config(checkpoint.config()) {
+        if checkpoint.reader()?.is_some() {
+            findings.extend(lint_columns(&checkpoint, &arch)?);
+        }
         findings.extend(lint_ties(&checkpoint, &arch)?);
         findings.extend(lint_rotary(&checkpoint, &arch)?);
     }
@@ -95,6 +103,7 @@ fn lint_codes(checkpoint: &Checkpoint) -> Result<Vec<Finding>, Error> {
             "columns are in another order than their groups (act-order, g_idx), or the group size is wrong";
         findings.push(finding(Severity::Error, "group-order", module, message, remedy));
     }
+    findings.extend(lint_scales(&layers));
     for (module, s) in &layers {
         if let Some(problem) = &s.scale_problem {
             let remedy = "the block is damaged; quantize or download the model again";
@@ -102,6 +111,22 @@ fn lint_codes(checkpoint: &Checkpoint) -> Result<Vec<Finding>, Error> {
         }
     }
     Ok(findings)
+}
+
+/// Scales that do not follow their codes, in most of the layers that are large enough to tell, and in all together.
+fn lint_scales(layers: &[(&str, &CodeStatistics)]) -> Option<Finding> {
+    let together = layers.iter().fold(ScaleSlope::default(), |sum, (_, s)| sum.and(s.scale_slope));
+    let certain: Vec<_> = layers.iter().filter(|(_, s)| s.scale_slope.is_certain()).collect();
+    let absent: Vec<_> = certain.iter().filter(|(_, s)| s.scale_slope.is_absent()).collect();
+    let (module, _) = absent.first().filter(|_| 2 * absent.len() > certain.len() && together.is_absent())?;
+    let message = format!(
+        "in {} of {} layers the scales do not follow the codes (slope {:.2} where -1 is expected)",
+        absent.len(),
+        certain.len(),
+        together.value()
+    );
+    let remedy = "codes lie under scales of other groups: unpacked in another order, or g_idx or the group size is wrong";
+    Some(finding(Severity::Error, "scale-order", module, message, remedy))
 }
 
 /// The configuration's word on the order of columns against the layers'.
@@ -165,6 +190,70 @@ fn lint_ties(checkpoint: &Checkpoint, arch: &ArchSpec) -> Result<Vec<Finding>, E
         .collect())
 }
 
+/// The weights `[out, in]` of a linear of a block, if it has this shape: it may be fused, of another architecture, or
+/// missing.
+fn weight(
+    checkpoint: &Checkpoint,
+    arch: &ArchSpec,
+    module: &str,
+    shape: (usize, usize),
+) -> Result<Option<Array2<f32>>, Error> {
+    let stored = checkpoint.linear_shape(module).ok();
+    let conv1d = arch.conv1d && !checkpoint.quantized_modules().any(|quantized| quantized == module);
+    let stored = stored.map(|(rows, cols)| if conv1d { (cols, rows) } else { (rows, cols) });
+    if stored != Some(shape) {
+        return Ok(None);
+    }
+    Ok(Some(weight_f32(module, &checkpoint.linear(module)?, conv1d)?))
+}
+
+/// The gains of a norm.
+fn gains(checkpoint: &Checkpoint, norm: &str) -> Option<Vec<f32>> {
+    WeightSource::tensor(checkpoint, &format!("{norm}.weight")).ok()?.to_f32().ok()
+}
+
+/// The order of columns within each eight, where codes that share a word may be mixed up.
+fn lint_columns(checkpoint: &Checkpoint, arch: &ArchSpec) -> Result<Vec<Finding>, Error> {
+    let mut statistics = ColumnStatistics::default();
+    for layer in 0..arch.layers {
+        let path = arch.block_path(layer, checkpoint);
+        // What is met by the inputs of the next stage, feature by feature.
+        let mut neurons = Vec::new();
+        for stage in &arch.stages {
+            let norm = match stage.kind {
+                StageKind::Qkv => Some(arch.names.attention_norm),
+                StageKind::MlpIn => Some(arch.names.mlp_norm),
+                StageKind::AttentionOut | StageKind::MlpOut => None,
+            };
+            let norm = norm.filter(|_| arch.norm.place == NormPlace::Before);
+            let gains =
+                norm.and_then(|norm| gains(checkpoint, &format!("{path}.{norm}"))).unwrap_or_default();
+            let beside = match stage.kind {
+                StageKind::MlpOut => std::mem::take(&mut neurons),
+                _ => gains.iter().map(|gain| f64::from(gain.abs()).ln()).collect(),
+            };
+            for linear in &stage.linears {
+                let module = format!("{path}.{}", linear.name);
+                let shape = (linear.out_features, linear.in_features);
+                let Some(w) = weight(checkpoint, arch, &module, shape)? else { return Ok(Vec::new()) };
+                statistics.add(w.view(), &beside);
+                if stage.kind == StageKind::MlpIn {
+                    neurons = columns::sizes(w.view(), Axis(1));
+                }
+            }
+        }
+    }
+    let (number, other) = statistics.other();
+    let message = format!(
+        "columns go with their features if each eight of them is put back from the order {:?} ({other:.2}), not as they are ({:.2})",
+        columns::ORDERS[number],
+        statistics.stored(),
+    );
+    let remedy = "codes that share a word are packed in another order; convert the model again";
+    let wrong = statistics.is_other();
+    Ok(wrong.then(|| finding(Severity::Error, "column-order", "", message, remedy)).into_iter().collect())
+}
+
 /// The order of rows of queries and keys.
 fn lint_rotary(checkpoint: &Checkpoint, arch: &ArchSpec) -> Result<Vec<Finding>, Error> {
     if !matches!(arch.positions, PositionSpec::Rope(_)) {
@@ -173,15 +262,11 @@ fn lint_rotary(checkpoint: &Checkpoint, arch: &ArchSpec) -> Result<Vec<Finding>,
     let mut statistics = RotaryStatistics::default();
     for layer in 0..arch.layers {
         let path = arch.block_path(layer, checkpoint);
-        let weight = |name: &str, heads: usize| -> Result<Option<Array2<f32>>, Error> {
-            let module = format!("{path}.{name}");
-            let shape = checkpoint.linear_shape(&module).ok();
-            // Fused, of another architecture, or missing.
-            let Some(_) = shape.filter(|(rows, _)| *rows == heads * arch.head_dim) else { return Ok(None) };
-            Ok(Some(weight_f32(&module, &checkpoint.linear(&module)?, false)?))
+        let weight = |name: &str, heads: usize| {
+            let shape = (heads * arch.head_dim, arch.hidden_size);
+            weight(checkpoint, arch, &format!("{path}.{name}"), shape)
         };
-        let norm = WeightSource::tensor(checkpoint, &format!("{path}.{}.weight", arch.names.attention_norm));
-        let norm = norm.ok().and_then(|tensor| tensor.to_f32().ok());
+        let norm = gains(checkpoint, &format!("{path}.{}", arch.names.attention_norm));
         let (q, k) = (weight("self_attn.q_proj", arch.heads)?, weight("self_attn.k_proj", arch.kv_heads)?);
         let (Some(q), Some(k), Some(norm)) = (q, k, norm) else { return Ok(Vec::new()) };
         statistics.add(q.view(), k.view(), &norm, arch.head_dim);
