@@ -5,6 +5,7 @@
 //! kept in f32, and the weight-only product does the rest, exactly up to the rounding of f32. Integer kernels may
 //! replace it where they are faster.
 
+use half::f16;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, Axis};
 use quant_core::{ActGrid, ActGroup, ActSpec};
 use rayon::prelude::*;
@@ -139,24 +140,27 @@ fn power_of_two(max: f32) -> f32 {
     if max > 0.0 { quant_core::minifloat::exp2(exponent.clamp(-127, 127)) } else { 0.0 }
 }
 
-/// LLM.int8: columns with an element of at least `threshold` stay as they are; the rest is rounded to integers over
-/// the largest of the row's other elements, to a 127th part. A threshold of 0 makes no outliers.
+/// `1 / 127²` in bitsandbytes' products on a CPU, too large by 1.8e-5. Its logits are met with this number alone: another
+/// one moves values over the edges of the roundings to f16 and to integers in the next layer.
+const PER_SQUARE: f32 = 6.200_124e-5;
+
+/// LLM.int8: columns with an element of at least `threshold` stay as they are; the rest is rounded to f16, then to
+/// integers over the largest of the row's other elements, to a 127th part. A threshold of 0 makes no outliers.
+///
+/// The product with weights `code * scale / 127` then is the library's `sum * max * scale / 127²`.
 fn int8_with_outliers(threshold: f32, x: &mut Array2<f32>) {
-    let is_outlier = |v: f32| threshold > 0.0 && v.abs() >= threshold;
+    // Beyond the range of f16 nothing is infinite here.
+    let halves = |v: f32| f16::from_f32(v.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32())).to_f32();
+    let is_outlier = |v: f32| threshold > 0.0 && halves(v).abs() >= threshold;
     let mut keep = vec![false; x.ncols()];
     for row in x.rows() {
         keep.iter_mut().zip(row).for_each(|(keep, &v)| *keep |= is_outlier(v));
     }
     x.axis_iter_mut(Axis(0)).into_par_iter().for_each(|mut row| {
-        let max = row.iter().filter(|v| !is_outlier(**v)).fold(0.0f32, |max, v| max.max(v.abs()));
-        if max == 0.0 {
-            return;
-        }
-        let to_code = 127.0 / max;
-        for (v, &keep) in row.iter_mut().zip(&keep) {
-            if !keep {
-                *v = (*v * to_code).round_ties_even() * (max / 127.0);
-            }
+        let max = row.iter().filter(|v| !is_outlier(**v)).fold(0.0f32, |max, &v| max.max(halves(v).abs()));
+        let (to_code, step) = (127.0 / max, max * (127.0 * PER_SQUARE));
+        for (v, _) in row.iter_mut().zip(&keep).filter(|(_, keep)| !**keep) {
+            *v = if max > 0.0 { (halves(*v) * to_code).round_ties_even() * step } else { 0.0 };
         }
     });
 }
@@ -244,11 +248,37 @@ mod tests {
             symmetric: true,
             outlier_threshold: Some(threshold),
         };
-        assert_eq!(quantize(&spec(0.0), x.view()), array![[127.0, 7.0, 0.0], [63.5, 0.5, 1.0]]);
+        let step = 127.0 * PER_SQUARE;
+        let y = quantize(&spec(0.0), x.view());
+        let half = 63.5 * step;
+        let codes = array![[127.0, 7.0, 0.0], [127.0, 1.0, 2.0]];
+        assert_eq!(y.row(0), codes.row(0).mapv(|code: f32| code * (127.0 * step)));
+        assert_eq!(y.row(1), codes.row(1).mapv(|code: f32| code * half));
         // The first two columns stay in both rows; the last is rounded over what remains below the threshold.
         let y = quantize(&spec(6.0), x.view());
         let kept = Slice::from(..2);
         assert_eq!(y.slice_axis(Axis(1), kept), x.slice_axis(Axis(1), kept));
-        assert!((y[[0, 2]] - 0.4).abs() < 1e-6 && (y[[1, 2]] - 1.0).abs() < 1e-6, "{y}");
+        let half = f16::from_f32(0.4).to_f32();
+        // Each is the largest of its row.
+        let largest = |v: f32| 127.0 * (v * step);
+        assert_eq!([y[[0, 2]], y[[1, 2]]], [largest(half), largest(1.0)]);
+    }
+
+    #[test]
+    fn halves_come_before_integers() {
+        // 2049 is 2048 in f16, and 5.9999 is 6, an outlier.
+        let spec = |threshold| ActSpec::Dynamic {
+            grid: ActGrid::Int8,
+            per: ActGroup::Token,
+            symmetric: true,
+            outlier_threshold: Some(threshold),
+        };
+        let step = |max: f32| max * (127.0 * PER_SQUARE);
+        let y = quantize(&spec(0.0), array![[1024.0, 1e6]].view());
+        assert_eq!(y, array![[2.0 * step(65504.0), 127.0 * step(65504.0)]], "infinity is no scale");
+        let y = quantize(&spec(0.0), array![[2049.0, 1024.0]].view());
+        assert_eq!(y, array![[127.0 * step(2048.0), 64.0 * step(2048.0)]]);
+        let y = quantize(&spec(6.0), array![[5.9999, 1.0]].view());
+        assert_eq!(y, array![[5.9999, 127.0 * step(1.0)]]);
     }
 }
