@@ -34,7 +34,8 @@ use crate::progress::Progress;
 /// How to convert.
 #[derive(Clone, Debug)]
 pub struct ConvertConfig {
-    /// Id of the layout to write, or `auto` for the smallest that holds every layer identically.
+    /// Id of the layout to write, or `auto` for the smallest that holds every layer identically: of those of GGUF files
+    /// if the output's name ends in `.gguf`, else of those of directories.
     pub to: String,
     /// Numbers that are equal after rounding to f16, in which most libraries compute, count as identical.
     pub as_f16: bool,
@@ -139,7 +140,7 @@ pub fn convert(
         return Err(Error::NotQuantized { model: quant_formats::display_path(model) });
     };
     let (layout, planned) = match config.to.as_str() {
-        "auto" => smallest(&source, config, progress)?,
+        "auto" => smallest(&source, container_of(out), config, progress)?,
         id => {
             let layout = quant_formats::layout(id)?;
             (layout, plan(&source, layout, config, progress)?)
@@ -149,15 +150,22 @@ pub fn convert(
     Ok(conversion)
 }
 
-/// The layout with the fewest bytes among those that hold every layer identically.
+/// What an output of this name is.
+fn container_of(out: &Path) -> Container {
+    let gguf = out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if gguf { Container::Gguf } else { Container::Directory }
+}
+
+/// The layout with the fewest bytes among those of this container that hold every layer identically.
 fn smallest(
     source: &Checkpoint,
+    container: Container,
     config: &ConvertConfig,
     progress: &dyn Progress,
 ) -> Result<(&'static dyn Layout, Vec<Planned>), Error> {
     let exact = ConvertConfig { allow_requantize: false, ..config.clone() };
     let mut best: Option<(u64, &'static dyn Layout, Vec<Planned>)> = None;
-    for &layout in layouts().iter().filter(|layout| layout.container() == Container::Directory) {
+    for &layout in layouts().iter().filter(|layout| layout.container() == container) {
         let Ok(planned) = plan(source, layout, &exact, progress) else { continue };
         if planned.iter().any(|p| p.route.verdict != Verdict::Identical) {
             continue;
@@ -247,7 +255,12 @@ fn write(
     let layers = planned.iter().map(|p| p.layer(source)).collect::<Result<Vec<_>, Error>>()?;
     let others: Vec<_> = carried.iter().map(|tensor| &tensor.name[..]).collect();
     metadata.extend(layout.header_notes(&layers, &others));
-    let options = WriteOptions { shard_size: config.shard_size, metadata, overwrite: config.overwrite };
+    let options = WriteOptions {
+        shard_size: config.shard_size,
+        metadata,
+        overwrite: config.overwrite,
+        index: layout.always_indexed(),
+    };
     let files = || source.model_files();
     let writer = ModelWriter::create(layout.container(), out, &plan, files, &options)?;
     let bytes = |plan: &[PlannedTensor]| plan.iter().filter_map(PlannedTensor::byte_len).sum::<u64>();

@@ -236,6 +236,15 @@ fn a_checkpoint_keeps_its_numbers_and_says_so() {
 }
 
 #[test]
+fn auto_takes_gguf_where_the_output_is_named_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model.gguf");
+    let done = convert(&golden("gptq-b4-g128-sym"), &out, &ConvertConfig::new("auto"), &Silent).unwrap();
+    assert_eq!((done.layout_out, done.identical), ("gguf", done.tensors.len()));
+    assert!(Checkpoint::open(&out).unwrap().reader().unwrap().is_some());
+}
+
+#[test]
 fn auto_takes_the_smallest_exact_layout() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");

@@ -108,7 +108,8 @@ impl Job<'_> {
         let layers: Vec<_> =
             self.targets.iter().map(|target| target.layer(&self.spec, &self.input)).collect();
         let carried: Vec<_> = self.carried.iter().map(|tensor| &tensor.name[..]).collect();
-        let mut options = WriteOptions { shard_size, overwrite, ..WriteOptions::default() };
+        let index = self.layout.always_indexed();
+        let mut options = WriteOptions { shard_size, overwrite, index, ..WriteOptions::default() };
         options.metadata.extend(self.layout.header_notes(&layers, &carried));
         options
     }

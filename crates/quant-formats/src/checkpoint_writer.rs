@@ -22,13 +22,15 @@ pub struct WriteOptions {
     pub metadata: BTreeMap<String, String>,
     /// Replace an existing model directory.
     pub overwrite: bool,
+    /// Write an index beside a single file, too.
+    pub index: bool,
 }
 
 impl Default for WriteOptions {
     /// 5 GB per file and `format: pt`, as Hugging Face writes them; an existing output is refused.
     fn default() -> Self {
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        Self { shard_size: 5_000_000_000, metadata, overwrite: false }
+        Self { shard_size: 5_000_000_000, metadata, overwrite: false, index: false }
     }
 }
 
@@ -78,6 +80,7 @@ pub struct CheckpointWriter {
     shard_of: BTreeMap<String, usize>,
     side_files: Mutex<BTreeSet<String>>,
     overwrite: bool,
+    index: bool,
     total_size: u64,
     /// After `temp`, so that it is dropped when the directory is gone.
     _parents: MadeParents,
@@ -113,6 +116,7 @@ impl CheckpointWriter {
             shard_of: BTreeMap::new(),
             side_files: Mutex::default(),
             overwrite: options.overwrite,
+            index: options.index,
             total_size: plan.iter().filter_map(PlannedTensor::byte_len).sum(),
             _parents: parents,
         };
@@ -164,7 +168,7 @@ impl CheckpointWriter {
     /// planned tensor has not been written.
     pub fn finish(mut self) -> Result<Written, FormatError> {
         sink::check_written(self.shards.iter().flat_map(Shard::unwritten))?;
-        if self.shards.len() > 1 {
+        if self.index || self.shards.len() > 1 {
             self.write_file("model.safetensors.index.json", &self.index())?;
         }
         self.shards.iter().try_for_each(Shard::sync)?;

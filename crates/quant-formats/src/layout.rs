@@ -242,6 +242,11 @@ pub trait Layout: Send + Sync {
         Vec::new()
     }
 
+    /// Whether its library looks for an index of tensors even where there is one file.
+    fn always_indexed(&self) -> bool {
+        false
+    }
+
     /// What the header of every file notes of these layers and of the `others`, tensors that are stored as they are.
     fn header_notes(&self, _layers: &[PlannedLayer<'_>], _others: &[&str]) -> Vec<(String, String)> {
         Vec::new()

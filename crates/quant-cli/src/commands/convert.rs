@@ -22,7 +22,8 @@ pub(crate) struct Convert {
     /// Quantized model directory, or a name in the local Hugging Face cache
     #[arg(value_name = "MODEL")]
     model: String,
-    /// Layout to write (see `quant list layouts`), or `auto` for the smallest that is exact
+    /// Layout to write (see `quant list layouts`), or `auto` for the smallest that is exact: a directory, or GGUF for
+    /// an OUT that ends in .gguf
     #[arg(long, value_name = "LAYOUT")]
     to: String,
     /// Directory to write

@@ -242,6 +242,9 @@ impl Layout for Fp8 {
         }
         if self.kind == Kind::Inverse {
             config["method"] = json!("fp8");
+            config["format"] = json!("float8_e4m3fn");
+            config["weight_scale_method"] =
+                if model.spec.group == GroupSize::Tensor { json!("tensor") } else { json!("block") };
             config["weight_scale_semantics"] = json!("inverse");
         }
         config

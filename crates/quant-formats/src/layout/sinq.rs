@@ -345,6 +345,10 @@ impl Layout for Sinq {
         config
     }
 
+    fn always_indexed(&self) -> bool {
+        true
+    }
+
     fn side_files(&self, _config: &Value, layers: &[PlannedLayer<'_>]) -> Vec<(String, Vec<u8>)> {
         let entry = |layer: &PlannedLayer<'_>| {
             let (packing, len) = self.plan(layer.spec, layer.cols).ok()?;
