@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod completions;
 mod convert;
 mod dequantize;
 mod embed;
@@ -12,6 +13,7 @@ mod inspect;
 mod lint;
 mod list;
 mod logits;
+mod man;
 mod options;
 mod plan;
 mod quantize;
@@ -43,6 +45,8 @@ pub(crate) enum Command {
     Bench(bench::Bench),
     List(list::List),
     Info(info::Info),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 impl Command {
@@ -64,6 +68,8 @@ impl Command {
             Command::Bench(command) => command.run(output),
             Command::List(command) => command.run(output),
             Command::Info(command) => command.run(output),
+            Command::Completions(command) => command.run(output),
+            Command::Man(command) => command.run(output),
         }
     }
 }

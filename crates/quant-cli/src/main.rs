@@ -30,7 +30,7 @@ use output::{Output, escape, say};
         quant quantize models/llama --out models/llama-4bit --bits 4 --group-size 128\n  \
         quant generate models/llama-4bit --prompt \"Once upon a time\""
 )]
-struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Threads to use [default: all the process may use]

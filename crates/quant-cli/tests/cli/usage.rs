@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::support::{QUANT, finish, has_keys, quant, wait};
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 16] = [
     "quantize",
     "plan",
     "eval",
@@ -21,7 +21,30 @@ const COMMANDS: [&str; 14] = [
     "lint",
     "list",
     "info",
+    "completions",
+    "man",
 ];
+
+#[test]
+fn shells_and_manuals_know_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = quant(&["completions", shell]).ok().stdout;
+        for command in COMMANDS {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+    quant(&["completions", "magic"]).ends(2, &["bash"]);
+    let script = quant(&["completions", "bash", "--json"]).ok().json();
+    has_keys(&script, &[("shell", 's'), ("script", 's')]);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("man1");
+    quant(&["man", "--out", out.to_str().unwrap()]).ok();
+    for command in COMMANDS {
+        let page = std::fs::read_to_string(out.join(format!("quant-{command}.1"))).expect(command);
+        assert!(page.contains("Examples:") && page.contains(".SH SYNOPSIS"), "{command}: {page}");
+    }
+    assert!(out.join("quant.1").is_file());
+}
 
 #[test]
 fn every_command_shows_two_examples() {
