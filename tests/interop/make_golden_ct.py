@@ -61,7 +61,8 @@ def extremes(w, args):
         return parts.amin(1), parts.amax(1)
     if strategy == "block":
         r, c = args.block_structure
-        parts = w.reshape(rows // r, r, cols // c, c)
+        w = torch.nn.functional.pad(w, (0, -cols % c, 0, -rows % r))
+        parts = w.reshape(w.shape[0] // r, r, w.shape[1] // c, c)
         return parts.amin((1, 3)), parts.amax((1, 3))
     parts = w.reshape(rows, -1, args.group_size if "group" in strategy else cols)
     return parts.amin(2), parts.amax(2)

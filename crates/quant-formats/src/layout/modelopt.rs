@@ -15,7 +15,7 @@ use quant_core::{
 use serde_json::{Value, json};
 
 use super::fields::{field, wrong};
-use super::parts::{Parts, Writing, params, unsupported};
+use super::parts::{self, Parts, Writing, params, unsupported};
 use super::{Layout, PlannedLayer, Reader, StoredModel, TensorSource, ct, scales};
 use crate::error::{FormatError, Unsupported};
 use crate::sink::PlannedTensor;
@@ -242,7 +242,13 @@ impl Layout for ModelOpt {
     }
 
     fn dequantize_like_peer(&self, matrix: &QuantizedMatrix) -> Array2<f32> {
-        ct::like_peer(matrix)
+        if matrix.scales.kind() != ParamsKind::E4M3 {
+            return ct::like_peer(matrix);
+        }
+        // NVFP4 in f32, for files do not tell the type of the computation. The table has no negative zero.
+        let mut weights = matrix.dequantize();
+        parts::round(&mut weights, |w| w + 0.0);
+        weights
     }
 }
 

@@ -189,7 +189,15 @@ impl Layout for Sinq {
         let count = layer.rows * layer.cols / len;
         match spec.grid {
             GridKind::Int => {}
-            GridKind::Nf4 if spec.bits == 4 => {}
+            // Values are computed in the type of the scales: others round the table.
+            GridKind::Nf4 if spec.bits == 4 && spec.scales == ParamsKind::F32 => {}
+            GridKind::Nf4 if spec.bits == 4 => {
+                return Err(self.unsupported(
+                    "scales",
+                    "of 16 bits beside nf4",
+                    "it takes scales of F32 there",
+                ));
+            }
             other => return Err(self.unsupported("grid", other, "it has integers and nf4 of 4 bits")),
         }
         let squares = matches!(spec.group, GroupSize::Tile { .. });

@@ -20,9 +20,13 @@ pub(super) fn reader(config: &Value) -> Result<Box<dyn Reader>, FormatError> {
     let gptq = |version| Ok(Box::new(GptqReader::of_version(config, version)?) as Box<dyn Reader>);
     match format.as_deref() {
         None | Some("auto" | "auto_round:auto_gptq" | "auto_round:gptq") => gptq(Version::AutoRoundV1),
-        Some("auto_round" | "auto_round:exllamav2" | "auto_round:triton" | "auto_round:tritonv2") => {
-            gptq(Version::AutoRound)
-        }
+        Some(
+            "auto_round"
+            | "auto_round:gptqmodel"
+            | "auto_round:exllamav2"
+            | "auto_round:triton"
+            | "auto_round:tritonv2",
+        ) => gptq(Version::AutoRound),
         Some("auto_round:auto_awq" | "auto_round:awq") => Ok(Box::new(AwqReader::new(config)?)),
         Some(other) => Err(not_yet("auto-round", format!("packing_format {}", crate::display_name(other)))),
     }
@@ -39,7 +43,7 @@ pub(super) fn config(model: &StoredModel<'_>, version: Version) -> Value {
         "sym": spec.symmetric,
         "packing_format": match version {
             Version::AutoRoundV1 => "auto_round:auto_gptq",
-            _ => "auto_round:exllamav2",
+            _ => "auto_round",
         },
         "quant_method": "auto-round",
     });
@@ -69,6 +73,7 @@ mod tests {
             (Value::Null, "auto_round"),
             (json!("auto_round:auto_gptq"), "auto_round"),
             (json!("auto_round:exllamav2"), "auto_round"),
+            (json!("auto_round:gptqmodel"), "auto_round"),
             (json!("auto_round:auto_awq"), "awq"),
         ] {
             let config = json!({ "quant_method": "auto-round", "packing_format": format, "bits": 4 });

@@ -230,6 +230,11 @@ impl Reader for SinqReader {
         packing.unpack(parts.read("W_q")?.bytes(), &mut codes).map_err(|e| parts.invalid(e))?;
         let scales = self.aux(&parts, "meta.scale", tiles)?;
         let zeros = self.aux(&parts, "meta.zero", tiles)?;
+        // Values of tables are computed in the type of the scales, whatever the configuration names.
+        let dtype = match method {
+            Method::Int => dtype,
+            Method::Nf4 | Method::Nf3 => module::float_type(&scales).or(Some(DType::F16)),
+        };
         let mut grid = method.grid(dtype).unwrap_or(Grid::UNSIGNED);
         let offset = match (zeros.len() == 1 && scales.len() != 1, &grid) {
             (false, _) => Offset::Zero(zeros),
