@@ -269,6 +269,10 @@ impl Sinq {
         let second: Vec<f32> = factors.iter().map(|&factor| f16::from_f32(factor).to_f32()).collect();
         let (scales, zeros) = match spec.scales {
             ParamsKind::Affine8 => (aux8::by_columns(&stored, compat), aux8::whole(&zeros, compat)),
+            ParamsKind::F32 => {
+                let wide = |halves: Vec<f16>| Params::F32(halves.into_iter().map(f16::to_f32).collect());
+                (wide(stored), wide(zeros))
+            }
             _ => (Params::F16(stored), Params::F16(zeros)),
         };
 
@@ -386,11 +390,14 @@ impl Quantizer for Sinq {
 
     fn default_spec(&self) -> QuantSpec {
         let with_zeros = matches!(self.options.rounding, SinqRounding::Range | SinqRounding::Hqq);
+        let nf4 = self.options.rounding == SinqRounding::Nf4;
         let scales = match self.options.quant_aux.unwrap_or(with_zeros) {
             true => ParamsKind::Affine8,
+            // The library computes with tables in the type of their scales.
+            false if nf4 => ParamsKind::F32,
             false => ParamsKind::F16,
         };
-        let grid = if self.options.rounding == SinqRounding::Nf4 { GridKind::Nf4 } else { GridKind::Int };
+        let grid = if nf4 { GridKind::Nf4 } else { GridKind::Int };
         let symmetric = self.options.rounding == SinqRounding::NoZero;
         QuantSpec { grid, group: GroupSize::Columns(64), scales, symmetric, ..QuantSpec::default() }
     }
@@ -425,8 +432,9 @@ impl Quantizer for Sinq {
             (_, ParamsKind::Affine8) if spec.symmetric || spec.grid != GridKind::Int => {
                 option("quant_aux", "true".to_owned(), "false without zero points and with nf4")
             }
-            (_, ParamsKind::Affine8 | ParamsKind::F16) => Ok(()),
-            (_, other) => option("scales", format!("{other:?}"), "f16, or 8 bits (quant_aux)"),
+            (_, scales) if spec.grid == GridKind::Nf4 && scales == own.scales => Ok(()),
+            (_, ParamsKind::Affine8 | ParamsKind::F16) if spec.grid == GridKind::Int => Ok(()),
+            (_, other) => option("scales", format!("{other:?}"), "f16, 8 bits (quant_aux), or f32 with nf4"),
         }?;
         match spec.group {
             GroupSize::Row | GroupSize::Columns(_) => Ok(()),
