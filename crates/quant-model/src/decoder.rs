@@ -113,7 +113,7 @@ impl Decoder {
     pub fn compute(&self) -> Compute {
         let linears = self.blocks.iter().flat_map(Block::linears).chain([&*self.head.linear]);
         let mut packed = linears.filter_map(Linear::packed);
-        if packed.any(|(matrix, _)| matrix.fast_input().is_some()) { self.compute } else { Compute::Exact }
+        if packed.any(|packed| packed.matrix.fast_input().is_some()) { self.compute } else { Compute::Exact }
     }
 
     /// Chooses how products with quantized weights are computed. Caches made before keep their type.

@@ -55,7 +55,7 @@ pub use encoder::Encoder;
 pub use error::{ConfigError, ModelError};
 pub use generate::{Finish, GenerateError, GenerateOptions, Generated, eos_tokens, generate, generate_ids};
 pub use kv::KvCache;
-pub use linear::{Compute, DenseLinear, DenseMatrix, Linear, PackedLinear, linear, weight_f32};
+pub use linear::{Compute, DenseLinear, DenseMatrix, Linear, Packed, PackedLinear, linear, weight_f32};
 pub use pool::{Pooling, normalize};
 pub use rope::{RopeKind, RopeSpec, RopeTable};
 pub use sample::{Sampler, Sampling};

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-use quant_core::{ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix, WeightError};
+use quant_core::{
+    ActGrid, ActGroup, ActSpec, DType, DenseTensor, LinearWeights, QuantizedLinear, QuantizedMatrix,
+    WeightError,
+};
 use quant_kernels::{
     ActScales, Activations, DensePanels, DenseView, PackError, PackedMatrix, matmul_all, vec,
 };
@@ -55,10 +58,21 @@ pub trait Linear: Send + Sync {
         self.forward(x, out)
     }
 
-    /// The matrix and the bias of a layer that has a fast product.
-    fn packed(&self) -> Option<(&PackedMatrix, Option<&[f32]>)> {
+    /// A layer that may have a fast product.
+    fn packed(&self) -> Option<Packed<'_>> {
         None
     }
+}
+
+/// A layer whose product may run in integers.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    /// The weights.
+    pub matrix: &'a PackedMatrix,
+    /// The bias `[out]`.
+    pub bias: Option<&'a [f32]>,
+    /// What shares a scale among its activations.
+    pub scales: ActScales,
 }
 
 /// All linears of a stage: `outs[i] = linears[i](x)`, with activations rounded once for all that ask for the same.
@@ -74,8 +88,8 @@ pub(crate) fn forward_all(
     let mut fast = Vec::with_capacity(linears.len());
     for (linear, mut out) in linears.iter().zip(outs) {
         let packed = if compute == Compute::Fast { linear.packed() } else { None };
-        let Some((matrix, bias, input)) =
-            packed.and_then(|(matrix, bias)| Some((matrix, bias, matrix.fast_input()?)))
+        let Some((Packed { matrix, bias, scales }, input)) =
+            packed.and_then(|packed| Some((packed, packed.matrix.fast_input()?)))
         else {
             match compute {
                 Compute::Exact => linear.forward(x, out.view_mut())?,
@@ -83,14 +97,15 @@ pub(crate) fn forward_all(
             }
             continue;
         };
-        let known = work.activations[..used].iter().position(|made| made.is_for(input));
+        let known =
+            work.activations[..used].iter().position(|made| made.is_for(input) && made.scales() == scales);
         let at = match known {
             Some(at) => at,
             None => {
                 if work.activations.len() == used {
                     work.activations.push(Activations::default());
                 }
-                work.activations[used].quantize(x, input, SCALES)?;
+                work.activations[used].quantize(x, input, scales)?;
                 used += 1;
                 used - 1
             }
@@ -328,9 +343,22 @@ impl Linear for PackedLinear {
         Ok(())
     }
 
-    fn packed(&self) -> Option<(&PackedMatrix, Option<&[f32]>)> {
-        // What a layout asks to be rounded is rounded as it says, not once more.
-        (self.input == ActSpec::Float).then(|| (&*self.weight, self.bias.as_deref()))
+    fn packed(&self) -> Option<Packed<'_>> {
+        let scales = match self.input {
+            ActSpec::Float => SCALES,
+            // What a layout asks to be rounded to integers has its scales; the rest is rounded as it says, not once more.
+            ActSpec::Dynamic {
+                grid: ActGrid::Int8,
+                per: ActGroup::Token,
+                symmetric: true,
+                outlier_threshold: None,
+            } => ActScales::Row,
+            ActSpec::Static { grid: ActGrid::Int8, scale, zero: 0 } if scale.is_normal() && scale > 0.0 => {
+                ActScales::Fixed(scale)
+            }
+            _ => return None,
+        };
+        Some(Packed { matrix: &self.weight, bias: self.bias.as_deref(), scales })
     }
 }
 

@@ -35,23 +35,26 @@ pub(super) struct Outlier {
 }
 
 /// What shares a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub enum ActScales {
     /// A block of a row: a weight group, or 128 columns where that is longer.
     #[default]
     Group,
     /// A row.
     Row,
+    /// All rows, which have this step, found beforehand: positive and normal. What lies beyond 127 steps is clamped.
+    Fixed(f32),
 }
 
 /// A matrix `[m, in]` of activations, rounded to `q = round(x * (127 / absmax))` (half to even) with the largest
-/// magnitude of each group or row.
+/// magnitude of each group or row; or `q = clamp(round(x / step), -127, 127)` with a fixed step.
 ///
 /// A group or row with a NaN or an infinity gets the scale NaN, so that its row of a product is all NaN. One whose
 /// largest magnitude is below `127 / f32::MAX = 3.7e-37` counts as zeros.
 #[derive(Clone, Debug, Default)]
 pub struct Activations {
     input: Option<Input>,
+    scales: ActScales,
     tiles: Vec<Tile>,
     /// `[padded columns / 4, height]` for each tile.
     codes: Vec<[i8; 4]>,
@@ -128,12 +131,18 @@ impl Activations {
             self.outliers.extend(input.outliers.iter().map(|outlier| row[outlier.feature as usize]));
         }
         self.input = Some(input.clone());
+        self.scales = scales;
         Ok(())
     }
 
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.tiles.last().map_or(0, |tile| tile.rows.end)
+    }
+
+    /// What shares a scale.
+    pub fn scales(&self) -> ActScales {
+        self.scales
     }
 
     /// Whether they were made for this input.
@@ -253,10 +262,18 @@ impl Part<'_> {
             let scale = match self.scales {
                 ActScales::Group => Scale::of(x),
                 ActScales::Row => of_row,
+                // Also here, a row with a NaN or an infinity is all NaN.
+                ActScales::Fixed(_) if of_row.step.is_nan() => of_row,
+                ActScales::Fixed(step) => Scale { step, inverse: 1.0 / step },
             };
             let mut q = [0; LONGEST];
-            if !scale.step.is_nan() {
-                q.iter_mut().zip(x).for_each(|(q, x)| *q = round(x * scale.inverse));
+            match self.scales {
+                _ if scale.step.is_nan() => {}
+                ActScales::Fixed(step) => {
+                    let clamped = |x: f32| round((x / step).clamp(-127.0, 127.0));
+                    q.iter_mut().zip(x).for_each(|(q, x)| *q = clamped(*x));
+                }
+                _ => q.iter_mut().zip(x).for_each(|(q, x)| *q = round(x * scale.inverse)),
             }
             let fours = q[..block.padded as usize].as_chunks::<4>().0;
             for (to, four) in self.codes[at..].iter_mut().step_by(self.height).zip(fours) {

@@ -65,7 +65,7 @@ fn check(matrix: &QuantizedMatrix) {
 /// to the exact one as its rounding allows.
 fn check_fast(matrix: &QuantizedMatrix, packed: &PackedMatrix, x: &Array2<f32>) {
     let Some(input) = packed.fast_input() else { return };
-    for scales in [ActScales::Group, ActScales::Row] {
+    for scales in [ActScales::Group, ActScales::Row, ActScales::Fixed(0.03)] {
         let product = |cap, x: ArrayView2<'_, f32>| {
             let mut out = Array2::zeros((x.nrows(), matrix.rows()));
             isa::with_cap(cap, || {
@@ -93,7 +93,7 @@ fn check_fast(matrix: &QuantizedMatrix, packed: &PackedMatrix, x: &Array2<f32>) 
 ///
 /// With `x'` the activations after the prologue and `s` their scale, the errors are
 ///
-/// - of an activation: half a scale, and 127 relative roundings of the quotient: `s * (1/2 + 2^-15)`;
+/// - of an activation: half a scale, and 127 relative roundings of the quotient: `s * (1/2 + 2^-15)`; what is clamped;
 /// - of a table's entry: half its step, times the activation, unless the table is exact;
 /// - of f32: each block is rounded 8 times at most, outliers and the factor of the row once each, relative to the
 ///   sum of all magnitudes that appear.
@@ -130,13 +130,18 @@ fn check_bound(packed: &PackedMatrix, form: &NormalForm<'_>, x: &[f32], fast: &[
             let group = n * per_row + columns.start / form.group_len;
             let (scale, bias) = (f64::from(form.scale[group]).abs(), f64::from(form.bias[group]));
             let here = &stored[columns.clone()];
-            let step = if scales == ActScales::Group { absmax(here) } else { of_row } / 127.0;
+            let step = match scales {
+                ActScales::Group => absmax(here) / 127.0,
+                ActScales::Row => of_row / 127.0,
+                ActScales::Fixed(step) => f64::from(step),
+            };
             for (&code, x) in codes[columns].iter().zip(here) {
                 let value = f64::from(form.grid.value(code));
                 let midpoint = f64::from(panels.format.midpoint);
                 let weight = (f64::from(form.scale[group]) * value + bias).abs();
+                let clamped = (x.abs() - 127.0 * step).max(0.0);
                 let x = x.abs() + step;
-                bound += weight * step * (0.5 + 2f64.powi(-15)) + scale * table_step * x;
+                bound += weight * (step * (0.5 + 2f64.powi(-15)) + clamped) + scale * table_step * x;
                 magnitude += (scale * (value.abs() + midpoint.abs() + 256.0 * table_step) + bias.abs()) * x;
             }
         }
@@ -305,7 +310,7 @@ fn a_row_that_is_not_finite_is_nan_and_disturbs_no_other() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, payload, -payload] {
         let mut x = clean.clone();
         x[[1, 40]] = bad;
-        for scales in [ActScales::Group, ActScales::Row] {
+        for scales in [ActScales::Group, ActScales::Row, ActScales::Fixed(0.01)] {
             for &cap in isa::supported() {
                 let product = |x: &Array2<f32>| {
                     let mut out = Array2::zeros((3, rows));

@@ -1,14 +1,19 @@
 //! Products in integers: near the exact ones, and as independent of threads and cuts as they are.
 
 use ndarray::Array2;
+use quant_core::{
+    ActGrid, ActGroup, ActSpec, Codes, Groups, Offset, Params, QuantizedLinear, QuantizedMatrix,
+};
 use quant_formats::Checkpoint;
+use quant_kernels::ActScales;
 use quant_kernels::isa::{Isa, with_cap};
-use quant_model::{Compute, Decoder};
+use quant_model::{Compute, Decoder, Linear, PackedLinear};
 use quant_testkit::synthetic::{self, Arch, Shape, Storage};
 use quant_testkit::{Golden, fixtures_dir};
 
-/// Quantized checkpoints of several bits, with zero points, an activity order, biases, tied heads.
-const MODELS: [&str; 5] = [
+/// Quantized checkpoints of several bits, with zero points, an activity order, biases, tied heads, rounded inputs.
+const MODELS: [&str; 6] = [
+    "ct-w8a8",
     "gptq-b4-g128-sym",
     "gptq-b4-g64-asym-actorder-v2",
     "gptq-b3-g32-asym-v2",
@@ -73,6 +78,30 @@ fn fast_results_depend_on_neither_threads_nor_cuts() {
             assert_eq!(run(threads, &[0, len]), whole, "{name}, {threads} threads");
             assert_eq!(run(threads, &[0, 1, 5, 6, 7, len - 1, len]), whole, "{name}, {threads} threads");
         }
+    }
+}
+
+/// Inputs that a layout rounds to integers are rounded with its scales; no other grid is.
+#[test]
+fn integer_products_take_the_scales_of_the_layout() {
+    let dynamic = |grid, per, symmetric| ActSpec::Dynamic { grid, per, symmetric, outlier_threshold: None };
+    let fixed = |grid, zero| ActSpec::Static { grid, scale: 0.25, zero };
+    for (input, scales) in [
+        (ActSpec::Float, Some(ActScales::Group)),
+        (dynamic(ActGrid::Int8, ActGroup::Token, true), Some(ActScales::Row)),
+        (fixed(ActGrid::Int8, 0), Some(ActScales::Fixed(0.25))),
+        (dynamic(ActGrid::Int8, ActGroup::Token, false), None),
+        (dynamic(ActGrid::Int8, ActGroup::Tensor, true), None),
+        (dynamic(ActGrid::E4M3, ActGroup::Token, true), None),
+        (fixed(ActGrid::Int8, 3), None),
+        (fixed(ActGrid::E4M3, 0), None),
+    ] {
+        let codes = Codes::from_values(8, 2, 4, &[1, 255, 128, 7, 0, 3, 90, 200]).unwrap();
+        let (groups, scale) = (Groups::Row { len: 4 }, Params::F32(vec![0.5, 2.0]));
+        let matrix = QuantizedMatrix::affine(codes, groups, scale, Offset::None, 128);
+        let layer = QuantizedLinear { input: input.clone(), ..QuantizedLinear::new(matrix) };
+        let linear = PackedLinear::new("a.test", layer).unwrap();
+        assert_eq!(linear.packed().map(|packed| packed.scales), scales, "{input:?}");
     }
 }
 
