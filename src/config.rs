@@ -4,7 +4,7 @@ use quant_core::{GroupSize, QuantSpec, SpecError};
 use quant_formats::{
     Container, FormatError, GgmlType, Layout, PlannedLayer, PlannedTensor, gguf_layout, layouts,
 };
-use quant_methods::{LayerStats, MethodOptions, Quantizer};
+use quant_methods::{LayerStats, MethodOptions, Quantizer, Transform};
 use regex::Regex;
 
 use crate::calibration::CalibrationSource;
@@ -40,7 +40,9 @@ pub struct QuantizeConfig {
     pub group: GroupSize,
     /// Symmetric grids; `None` is the method's default.
     pub symmetric: Option<bool>,
-    /// Options of the method.
+    /// Names of the rewritings of the model that come before the method, in order; `None` are the method's own.
+    pub transforms: Option<Vec<String>>,
+    /// Options of the method and of the transforms.
     pub options: MethodOptions,
     /// Id of the layout to write; `None` is the method's own.
     pub layout: Option<String>,
@@ -78,6 +80,7 @@ impl QuantizeConfig {
             bits: spec.bits,
             group: spec.group,
             symmetric: None,
+            transforms: None,
             options: MethodOptions::default(),
             layout: None,
             calibration: CalibrationSource::Builtin,
@@ -97,6 +100,17 @@ impl QuantizeConfig {
     /// The method with its options.
     pub fn quantizer(&self) -> Result<Box<dyn Quantizer>, Error> {
         Ok(quant_methods::quantizer(&self.method, &self.options)?)
+    }
+
+    /// The rewritings of the model that come first.
+    pub(crate) fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Error> {
+        match &self.transforms {
+            None => Ok(self.quantizer()?.transforms()),
+            Some(names) => {
+                let each = |name: &String| Ok(quant_methods::registry::transform(name, &self.options)?);
+                names.iter().map(each).collect()
+            }
+        }
     }
 
     /// The specification every selected linear gets.
@@ -153,6 +167,7 @@ impl QuantizeConfig {
     /// Checks everything that can be checked without a checkpoint.
     pub fn validate(&self) -> Result<(), Error> {
         self.quantizer()?.validate(&self.spec()?)?;
+        self.transforms()?;
         for (option, value) in [("samples", self.samples), ("seq_len", self.seq_len)] {
             if value == 0 {
                 let allowed = "at least 1";

@@ -76,7 +76,7 @@ impl<'a> Job<'a> {
     pub(crate) fn prepare(source: Checkpoint, config: &'a QuantizeConfig) -> Result<Self, Error> {
         config.validate()?;
         let quantizer = config.quantizer()?;
-        let transforms = quantizer.transforms();
+        let transforms = config.transforms()?;
         let spec = config.spec()?;
         let input = quantizer.input(&LayerStats::default());
         let layout = config.storage()?;

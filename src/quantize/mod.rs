@@ -303,6 +303,10 @@ fn write_side_files(job: &Job<'_>, writer: &CheckpointWriter) -> Result<(), Erro
     meta.insert("quantizer".to_owned(), json!([concat!("quant:", env!("CARGO_PKG_VERSION"))]));
     meta.insert("method".to_owned(), json!(job.config.method));
     meta.insert("true_sequential".to_owned(), json!(job.config.true_sequential));
+    if !job.transforms.is_empty() {
+        let names: Vec<_> = job.transforms.iter().map(|transform| transform.name()).collect();
+        meta.insert("transforms".to_owned(), json!(names));
+    }
     let mut exceptions = Vec::new();
     if let Some(arch) = &job.arch {
         for layer in 0..arch.layers {

@@ -23,7 +23,7 @@ pub use hqq::{Hqq, HqqOptions};
 pub use quant_math::proximal::{Proximal, ProximalVersion};
 pub use quant_math::{Hessian, HessianSum};
 pub use quantizer::{Fallback, LayerReport, LayerWeights, QuantizeError, Quantized, Quantizer};
-pub use registry::{METHODS, Method, MethodOptions, UnknownMethod, quantizer};
+pub use registry::{METHODS, Method, MethodOptions, TRANSFORMS, TransformEntry, UnknownMethod, quantizer};
 pub use rtn::{Rtn, RtnOptions};
 pub use sinq::{Sinq, SinqOptions, SinqRounding};
 pub use smoothquant::SmoothQuant;

@@ -1,12 +1,16 @@
 //! The one list of methods.
 
-use crate::awq::{Awq, AwqOptions};
+use quant_core::SpecError;
+
+use crate::awq::{Awq, AwqOptions, AwqScale};
 use crate::ggml;
 use crate::gptq::{Gptq, GptqOptions};
 use crate::hqq::{Hqq, HqqOptions};
 use crate::quantizer::Quantizer;
 use crate::rtn::{Rtn, RtnOptions};
 use crate::sinq::{Sinq, SinqOptions};
+use crate::smoothquant::SmoothQuant;
+use crate::transform::Transform;
 use crate::w8a8::{W8a8, W8a8Options};
 
 /// Options of all methods; each takes its own.
@@ -50,6 +54,34 @@ pub const METHODS: &[Method] = &[
     Method { name: "q8_0", build: |_| Box::new(ggml::TYPES[4]) },
 ];
 
+/// An entry of the list of transforms.
+#[derive(Clone, Copy, Debug)]
+pub struct TransformEntry {
+    /// Name on the command line and in recipes.
+    pub name: &'static str,
+    /// Makes the transform with the options of the method it belongs to.
+    pub build: fn(&MethodOptions) -> Box<dyn Transform>,
+}
+
+/// Every transform, in the order in which they are listed.
+pub const TRANSFORMS: &[TransformEntry] = &[
+    TransformEntry { name: "awq-scale", build: |o| Box::new(AwqScale::new(o.awq)) },
+    TransformEntry {
+        name: "smoothquant",
+        build: |o| Box::new(SmoothQuant { alpha: o.w8a8.alpha.unwrap_or(SmoothQuant::ALPHA) }),
+    },
+];
+
+/// The transform `name` with these options.
+pub fn transform(name: &str, options: &MethodOptions) -> Result<Box<dyn Transform>, SpecError> {
+    let entry = TRANSFORMS.iter().find(|entry| entry.name == name).ok_or_else(|| SpecError::Option {
+        option: "transform",
+        found: name.to_owned(),
+        allowed: "awq-scale or smoothquant",
+    })?;
+    Ok((entry.build)(options))
+}
+
 /// No method has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown method {name:?}; known are {}", .known.join(", "))]
@@ -81,6 +113,11 @@ mod tests {
             let quantizer = quantizer(method.name, &MethodOptions::default()).unwrap();
             assert_eq!(quantizer.name(), method.name);
             quantizer.validate(&quantizer.default_spec()).unwrap();
+        }
+        for entry in TRANSFORMS {
+            assert_eq!(transform(entry.name, &MethodOptions::default()).unwrap().name(), entry.name);
+            let error = transform("awk", &MethodOptions::default()).err().unwrap().to_string();
+            assert!(error.contains(entry.name) && error.contains("awk"), "{error}");
         }
         let error = quantizer("gtpq", &MethodOptions::default()).err().unwrap();
         assert!(error.to_string().starts_with("unknown method \"gtpq\"; known are rtn, gptq"));

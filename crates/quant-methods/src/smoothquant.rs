@@ -24,6 +24,11 @@ pub struct SmoothQuant {
     pub alpha: f32,
 }
 
+impl SmoothQuant {
+    /// The usual strength: half of the difficulty.
+    pub const ALPHA: f32 = 0.5;
+}
+
 impl Transform for SmoothQuant {
     fn name(&self) -> &'static str {
         "smoothquant"

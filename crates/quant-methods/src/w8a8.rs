@@ -25,7 +25,7 @@ pub struct W8a8Options {
 impl Default for W8a8Options {
     /// Half of the difficulty migrates; scales of tokens are found when a model runs.
     fn default() -> Self {
-        Self { alpha: Some(0.5), activations: Activations::Dynamic }
+        Self { alpha: Some(SmoothQuant::ALPHA), activations: Activations::Dynamic }
     }
 }
 

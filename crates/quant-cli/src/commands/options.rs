@@ -33,6 +33,10 @@ pub(crate) struct QuantizeOptions {
     /// Grids with a zero point
     #[arg(long)]
     asym: bool,
+    /// Rewrite the model first so that it is easier to quantize: awq-scale, smoothquant, or none; may be given again
+    /// [default: the method's own]
+    #[arg(long, value_name = "NAME")]
+    transform: Vec<String>,
     /// Layout of the output [default: the method's own]; `quant list layouts`
     #[arg(long, value_name = "LAYOUT")]
     format: Option<String>,
@@ -237,6 +241,11 @@ impl QuantizeOptions {
                 group => group,
             },
             symmetric,
+            transforms: match &self.transform[..] {
+                [] => None,
+                [one] if one == "none" => Some(Vec::new()),
+                names => Some(names.to_vec()),
+            },
             options: MethodOptions {
                 gptq,
                 awq,

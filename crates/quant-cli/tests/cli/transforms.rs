@@ -61,6 +61,26 @@ fn stages_that_are_not_quantized_whole_stay_as_they_are() {
     norms.for_each(|name| assert_eq!(before.f32(&name), few.f32(&name), "{name}"));
 }
 
+/// Any method may stand behind any transform, and one that has its own may go without.
+#[test]
+fn transforms_are_chosen_apart_from_methods() {
+    let model = TinyModel::new(Arch::Qwen2);
+    let before = Golden::read(&model.weights());
+    let changed = |name: &str, options: &[&str]| {
+        let out = model.beside(name);
+        model.quantize(&out, options).ok();
+        let norm = "model.layers.1.post_attention_layernorm.weight";
+        let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+        let changed = before.f32(norm) != Golden::read(&out.join("model.safetensors")).f32(norm);
+        (changed, config.contains("smoothquant"))
+    };
+    assert_eq!(changed("plain", &["--method", "rtn"]), (false, false));
+    assert_eq!(changed("rtn", &["--method", "rtn", "--transform", "smoothquant"]), (true, true));
+    let both = ["--method", "gptq", "--transform", "smoothquant", "--transform", "awq-scale"];
+    assert_eq!(changed("gptq", &both), (true, true));
+    assert_eq!(changed("awq", &["--method", "awq", "--transform", "none"]), (false, false));
+}
+
 #[test]
 fn options_are_checked() {
     let model = TinyModel::new(Arch::Llama);
@@ -69,6 +89,7 @@ fn options_are_checked() {
         (&["--method", "w8a8", "--smooth", "1.5"][..], "smooth"),
         (&["--method", "w8a8", "--bits", "4"], "bits"),
         (&["--method", "w8a8", "--static-activations", "percentile", "--percentile", "0"], "percentile"),
+        (&["--method", "awq", "--transform", "awk"], "awq-scale"),
         (&["--method", "awq", "--n-grid", "0"], "n_grid"),
         (&["--method", "awq", "--search-tokens", "0"], "search_tokens"),
     ] {
