@@ -102,6 +102,11 @@ impl QuantizeConfig {
         Ok(quant_methods::quantizer(&self.method, &self.options)?)
     }
 
+    /// What the method with its options does when nothing is asked for.
+    pub fn default_spec(&self) -> Result<QuantSpec, Error> {
+        Ok(self.quantizer()?.default_spec())
+    }
+
     /// The rewritings of the model that come first.
     pub(crate) fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Error> {
         match &self.transforms {
@@ -115,9 +120,14 @@ impl QuantizeConfig {
 
     /// The specification every selected linear gets.
     pub fn spec(&self) -> Result<QuantSpec, Error> {
-        let default = self.quantizer()?.default_spec();
+        let default = self.default_spec()?;
         let symmetric = self.symmetric.unwrap_or(default.symmetric);
-        Ok(QuantSpec { bits: self.bits, group: self.group, symmetric, ..default })
+        let group = match (self.group, default.group) {
+            // A number of weights, for methods that cut the flattened matrix.
+            (GroupSize::Columns(len), GroupSize::Flat(_)) => GroupSize::Flat(len),
+            (group, _) => group,
+        };
+        Ok(QuantSpec { bits: self.bits, group, symmetric, ..default })
     }
 
     /// The layout that will be written. By default the first that can store such layers if their sizes allow; which
@@ -127,21 +137,19 @@ impl QuantizeConfig {
         if let Some(id) = &self.layout {
             return Ok(quant_formats::layout(id)?);
         }
+        let quantizer = self.quantizer()?;
         // The types of GGUF are methods, too.
-        if let Some(layout) = GgmlType::from_name(&self.method).and_then(gguf_layout) {
+        let ggml = GgmlType::from_name(&self.method).filter(|_| quantizer.layouts().is_empty());
+        if let Some(layout) = ggml.and_then(gguf_layout) {
             return Ok(layout);
         }
-        let (spec, input) = (self.spec()?, self.quantizer()?.input(&LayerStats::default()));
+        let (spec, input) = (self.spec()?, quantizer.input(&LayerStats::default()));
         let layer = PlannedLayer { input: &input, ..PlannedLayer::new("", &spec, FRIENDLY, FRIENDLY) };
         let fits = |layout: &&&'static dyn Layout| {
             layout.container() == Container::Directory && layout.can_store(&layer).is_ok()
         };
-        let own = self
-            .quantizer()?
-            .layouts()
-            .iter()
-            .filter_map(|id| quant_formats::layout(id).ok())
-            .collect::<Vec<_>>();
+        let own: Vec<_> =
+            quantizer.layouts().iter().filter_map(|id| quant_formats::layout(id).ok()).collect();
         let mut known = own.iter().chain(layouts());
         Ok(known.find(fits).copied().unwrap_or(layouts()[0]))
     }

@@ -37,8 +37,9 @@ pub use quant_formats::{
 };
 pub use quant_kernels::isa::IsaError;
 pub use quant_methods::{
-    Activations, AwqOptions, ColumnOrder, Compat, GptqOptions, HqqOptions, MethodOptions, Observer, Proximal,
-    ProximalVersion, SinqOptions, SinqRounding, W8a8Options,
+    Activations, AwqOptions, Bnb4Options, ColumnOrder, Compat, GptqOptions, HqqOptions, LlmInt8Options,
+    MethodOptions, Observer, Proximal, ProximalVersion, QuantoOptimizer, QuantoOptions, QuantoType,
+    SinqOptions, SinqRounding, W8a8Options,
 };
 pub use quant_model::{
     ChatTemplate, Compute, Finish, GenerateOptions, Generated, Message, Pooling, Sampling, TemplateError,

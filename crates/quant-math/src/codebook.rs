@@ -11,16 +11,24 @@ pub struct Codebook {
     borders: Vec<f32>,
     /// Codes by ascending value.
     codes: Vec<u8>,
+    /// Borders belong to the even code.
+    even: bool,
 }
 
 impl Codebook {
-    /// Of the values by code, at most 256, none of them NaN.
+    /// Of the values by code, at most 256. Codes of NaN and infinity are never used.
     pub fn new(table: &[f32]) -> Self {
         let mut codes: Vec<u8> = (0..=u8::MAX).take(table.len()).collect();
+        codes.retain(|&code| table[usize::from(code)].is_finite());
         codes.sort_by(|&a, &b| table[usize::from(a)].total_cmp(&(table[usize::from(b)])));
         let value = |code: u8| table[usize::from(code)];
         let borders = codes.windows(2).map(|pair| (value(pair[0]) + value(pair[1])) / 2.0).collect();
-        Self { borders, codes }
+        Self { borders, codes, even: false }
+    }
+
+    /// Of a table of floats by their bits: borders belong to the even code, and zeros keep their sign.
+    pub fn of_floats(table: &[f32]) -> Self {
+        Self { even: true, ..Self::new(table) }
     }
 
     /// The code of the nearest value.
@@ -31,6 +39,10 @@ impl Codebook {
             0..=15 => self.borders.iter().map(|&border| usize::from(border < x)).sum(),
             _ => self.borders.partition_point(|&border| border < x),
         };
+        if self.even && self.borders.get(below) == Some(&x) {
+            let upper = if x == 0.0 { x.is_sign_positive() } else { self.codes[below] % 2 == 1 };
+            return self.codes[below + usize::from(upper)];
+        }
         self.codes[below]
     }
 }
@@ -55,6 +67,18 @@ mod tests {
         let book = Codebook::new(&GridKind::Fp4.table().unwrap());
         assert_eq!((book.code(-0.002), book.code(0.0), book.code(0.002)), (0, 0, 8));
         assert_eq!((book.code(-0.003), book.code(0.003), book.code(-1.0)), (9, 1, 11));
+    }
+
+    #[test]
+    fn floats_are_rounded_to_even() {
+        let book = Codebook::of_floats(&GridKind::E2M1.table().unwrap());
+        for (x, code) in [(0.25, 0), (0.75, 2), (1.25, 2), (1.75, 4), (2.5, 4), (3.5, 6), (5.0, 6), (9.0, 7)]
+        {
+            assert_eq!((book.code(x), book.code(-x)), (code, code + 8), "{x}");
+        }
+        assert_eq!((book.code(0.0), book.code(-0.0), book.code(-0.1)), (0, 8, 8));
+        let book = Codebook::of_floats(&GridKind::E4M3.table().unwrap());
+        assert_eq!((book.code(1e9), book.code(-1e9)), (0x7E, 0xFE), "NaN is no value");
     }
 
     proptest! {

@@ -3,10 +3,13 @@
 use quant_core::SpecError;
 
 use crate::awq::{Awq, AwqOptions, AwqScale};
+use crate::bnb::{Bnb4, Bnb4Options, LlmInt8, LlmInt8Options};
+use crate::floats::Floats;
 use crate::ggml;
 use crate::gptq::{Gptq, GptqOptions};
 use crate::hqq::{Hqq, HqqOptions};
 use crate::quantizer::Quantizer;
+use crate::quanto::{Quanto, QuantoOptions};
 use crate::rtn::{Rtn, RtnOptions};
 use crate::sinq::{Sinq, SinqOptions};
 use crate::smoothquant::SmoothQuant;
@@ -28,6 +31,12 @@ pub struct MethodOptions {
     pub hqq: HqqOptions,
     /// SINQ.
     pub sinq: SinqOptions,
+    /// NF4 and FP4.
+    pub bnb4: Bnb4Options,
+    /// LLM.int8.
+    pub llm_int8: LlmInt8Options,
+    /// Quanto.
+    pub quanto: QuantoOptions,
 }
 
 /// An entry of the registry.
@@ -47,6 +56,13 @@ pub const METHODS: &[Method] = &[
     Method { name: "w8a8", build: |o| Box::new(W8a8::new(o.w8a8)) },
     Method { name: "hqq", build: |o| Box::new(Hqq::new(o.hqq)) },
     Method { name: "sinq", build: |o| Box::new(Sinq::new(o.sinq)) },
+    Method { name: "nf4", build: |o| Box::new(Bnb4::nf4(o.bnb4)) },
+    Method { name: "fp4", build: |o| Box::new(Bnb4::fp4(o.bnb4)) },
+    Method { name: "llm-int8", build: |o| Box::new(LlmInt8::new(o.llm_int8)) },
+    Method { name: "quanto", build: |o| Box::new(Quanto::new(o.quanto)) },
+    Method { name: "fp8", build: |_| Box::new(Floats::Fp8) },
+    Method { name: "mxfp4", build: |_| Box::new(Floats::Mxfp4) },
+    Method { name: "nvfp4", build: |_| Box::new(Floats::Nvfp4) },
     Method { name: "q4_0", build: |_| Box::new(ggml::TYPES[0]) },
     Method { name: "q4_1", build: |_| Box::new(ggml::TYPES[1]) },
     Method { name: "q5_0", build: |_| Box::new(ggml::TYPES[2]) },

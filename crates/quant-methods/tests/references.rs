@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use half::f16;
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Axis, Ix2};
 use quant_core::{
-    DenseTensor, Grid, GridKind, GroupSize, LinearWeights, Offset, QuantSpec, QuantizedMatrix, WeightSource,
+    DenseTensor, Grid, GridKind, GroupSize, LinearWeights, Offset, Params, QuantSpec, QuantizedMatrix,
+    WeightSource,
 };
 use quant_formats::{Checkpoint, SafetensorsFile, layout};
 use quant_math::sinkhorn::{STEPS, balance};
 use quant_methods::{
-    HqqOptions, LayerStats, LayerWeights, MethodOptions, SinqOptions, SinqRounding, quantizer,
+    Bnb4Options, HqqOptions, LayerStats, LayerWeights, MethodOptions, QuantoOptions, QuantoType, SinqOptions,
+    SinqRounding, quantizer,
 };
-use quant_testkit::fixtures_dir;
+use quant_testkit::{Golden, fixtures_dir};
 use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -240,6 +242,89 @@ fn sinq_in_memory() {
         assert_eq!(zeros(&ours), zeros(&theirs), "{key}");
         for r in 0..w.nrows() {
             assert_eq!(codes(&ours, r), codes(&theirs, r), "{key} row {r}");
+        }
+    }
+}
+
+#[test]
+fn bitsandbytes() {
+    for (base, name, method, double_quant) in [
+        ("base-llama", "bnb-nf4", "nf4", false),
+        ("base-llama", "bnb-nf4-dq", "nf4", true),
+        ("base-llama", "bnb-fp4", "fp4", false),
+        ("base-gpt2", "bnb-gpt2-nf4", "nf4", false),
+        ("base-llama", "bnb-int8", "llm-int8", false),
+        ("base-bert", "bnb-bert-int8-t0", "llm-int8", false),
+    ] {
+        let options = MethodOptions { bnb4: Bnb4Options { double_quant }, ..Default::default() };
+        let spec = quantizer(method, &options).unwrap().default_spec();
+        for (module, w, theirs) in modules(base, name) {
+            assert_equal(&quantize(method, &options, spec, w), &theirs, &format!("{name} {module}"));
+        }
+    }
+}
+
+/// Single calls of the library: blocks of every size, across row ends, the last one short.
+#[test]
+fn bitsandbytes_in_memory() {
+    let golden = Golden::open("bnb-primitives");
+    let w = golden.f32("input").into_dimensionality::<Ix2>().unwrap();
+    for method in ["nf4", "fp4"] {
+        for block in [32, 64, 128, 1024] {
+            for double_quant in [false, true] {
+                let options = MethodOptions { bnb4: Bnb4Options { double_quant }, ..Default::default() };
+                let default = quantizer(method, &options).unwrap().default_spec();
+                let spec = QuantSpec { group: GroupSize::Flat(block), ..default };
+                let ours = quantize(method, &options, spec, w.clone());
+                let key = format!("{method}.b{block}.{}", if double_quant { "dq" } else { "sq" });
+                let packed = golden.u8(&format!("{key}.packed"));
+                let nibbles: Vec<u8> = packed.iter().flat_map(|&byte| [byte >> 4, byte & 15]).collect();
+                let found: Vec<u8> = (0..w.nrows()).flat_map(|r| codes(&ours, r)).collect();
+                assert_eq!(found, nibbles, "{key}");
+                let floats =
+                    |name: &str| golden.f32(&format!("{key}.{name}")).iter().copied().collect::<Vec<_>>();
+                match &ours.scales {
+                    Params::F32(absmax) => assert_eq!(*absmax, floats("absmax"), "{key}"),
+                    Params::Nested { codes, table, absmax, offset, .. } => {
+                        let bytes: Vec<u8> = golden.u8(&format!("{key}.absmax_u8")).iter().copied().collect();
+                        assert_eq!(
+                            (codes, absmax, *offset),
+                            (&bytes, &floats("state2_absmax"), floats("offset")[0]),
+                            "{key}"
+                        );
+                        assert!(table.iter().copied().eq(golden.f32("dyn8.code").iter().copied()), "{key}");
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+    let half = w.mapv(|w| f16::from_f32(w).to_f32());
+    let options = MethodOptions::default();
+    let spec = quantizer("llm-int8", &options).unwrap().default_spec();
+    let ours = quantize("llm-int8", &options, spec, half);
+    let file = SafetensorsFile::open(self::golden("bnb-primitives").join("expected.safetensors")).unwrap();
+    let theirs = file.read("int8vec.CB").unwrap();
+    let found: Vec<u8> = (0..w.nrows()).flat_map(|r| codes(&ours, r)).map(|code| code ^ 0x80).collect();
+    assert!(found == theirs.bytes(), "int8");
+    let Params::Scaled { base, .. } = &ours.scales else { panic!("{:?}", ours.scales) };
+    assert!(base.to_vec().into_iter().eq(golden.f32("int8vec.SCB").iter().copied()));
+}
+
+#[test]
+fn quanto() {
+    for (base, name, weights) in [
+        ("base-llama", "quanto-qint2", QuantoType::Qint2),
+        ("base-llama", "quanto-qint4", QuantoType::Qint4),
+        ("base-bert", "quanto-bert-qint4", QuantoType::Qint4),
+        ("base-llama", "quanto-qint8", QuantoType::Qint8),
+        ("base-llama", "quanto-qfloat8-e4m3fn", QuantoType::Qfloat8E4m3fn),
+    ] {
+        let quanto = QuantoOptions { weights, optimizer: None, compat: true };
+        let options = MethodOptions { quanto, ..Default::default() };
+        let spec = quantizer("quanto", &options).unwrap().default_spec();
+        for (module, w, theirs) in modules(base, name) {
+            assert_equal(&quantize("quanto", &options, spec, w), &theirs, &format!("{name} {module}"));
         }
     }
 }

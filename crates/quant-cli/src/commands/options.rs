@@ -11,7 +11,7 @@ use quant::{
 };
 use regex::Regex;
 
-use self::library::{HqqArgs, SinqArgs};
+use self::library::{BnbArgs, HqqArgs, QuantoArgs, SinqArgs};
 use crate::failure::Failure;
 use crate::size;
 
@@ -126,6 +126,10 @@ pub(crate) struct QuantizeOptions {
     hqq: HqqArgs,
     #[command(flatten)]
     sinq: SinqArgs,
+    #[command(flatten)]
+    bnb: BnbArgs,
+    #[command(flatten)]
+    quanto: QuantoArgs,
 }
 
 /// A migration strength, or none.
@@ -170,6 +174,8 @@ enum CompatName {
     Hqq,
     /// sinq 0.2.0 (sinq)
     Sinq,
+    /// optimum-quanto 0.2.7 (quanto)
+    Quanto,
 }
 
 impl CompatName {
@@ -179,6 +185,7 @@ impl CompatName {
             CompatName::Gptqmodel => "gptq",
             CompatName::Hqq => "hqq",
             CompatName::Sinq => "sinq",
+            CompatName::Quanto => "quanto",
         }
     }
 }
@@ -228,14 +235,26 @@ impl QuantizeOptions {
             (_, true) => Some(false),
             _ => None,
         };
-        let defaults = QuantizeConfig::new(&method)?;
+        let options = MethodOptions {
+            gptq,
+            awq,
+            w8a8,
+            hqq: self.hqq.options(compat),
+            sinq: self.sinq.options(compat),
+            bnb4: self.bnb.bnb4(),
+            llm_int8: self.bnb.llm_int8(),
+            quanto: self.quanto.options(self.bits, compat),
+            ..MethodOptions::default()
+        };
+        let defaults = QuantizeConfig { options, ..QuantizeConfig::new(&method)? };
+        let own = defaults.default_spec()?;
         let layout = match (&self.format, &self.r#type) {
             (Some(format), Some(ty)) => Some(format!("{format}:{ty}")),
             (format, _) => format.clone(),
         };
         let config = QuantizeConfig {
-            bits: self.bits.unwrap_or(defaults.bits),
-            group: match self.group_size.unwrap_or(defaults.group) {
+            bits: self.bits.unwrap_or(own.bits),
+            group: match self.group_size.unwrap_or(own.group) {
                 GroupSize::Columns(len) if self.hqq.axis == 0 => GroupSize::Strided(len),
                 GroupSize::Columns(len) if self.sinq.squares() => GroupSize::Tile { rows: len, cols: len },
                 group => group,
@@ -245,14 +264,6 @@ impl QuantizeOptions {
                 [] => None,
                 [one] if one == "none" => Some(Vec::new()),
                 names => Some(names.to_vec()),
-            },
-            options: MethodOptions {
-                gptq,
-                awq,
-                w8a8,
-                hqq: self.hqq.options(compat),
-                sinq: self.sinq.options(compat),
-                ..MethodOptions::default()
             },
             layout,
             calibration: self.calibration.clone().map_or(CalibrationSource::Builtin, CalibrationSource::File),

@@ -1,7 +1,10 @@
 //! Options of methods that need no calibration, with the names of their libraries.
 
 use clap::{Args, ValueEnum};
-use quant::{HqqOptions, Proximal, ProximalVersion, SinqOptions, SinqRounding};
+use quant::{
+    Bnb4Options, HqqOptions, LlmInt8Options, Proximal, ProximalVersion, QuantoOptimizer, QuantoOptions,
+    QuantoType, SinqOptions, SinqRounding,
+};
 
 /// Options of SINQ.
 #[derive(Args)]
@@ -113,5 +116,77 @@ impl HqqArgs {
         let scale_search = self.scale_gridsearch.unwrap_or(defaults.scale_search);
         let solver = Proximal { lp_norm, beta, kappa, iters, early_stop, version, scale_search };
         HqqOptions { solver: (!self.no_optimize).then_some(solver), round_zero: self.round_zero, compat }
+    }
+}
+
+/// Options of NF4, FP4 and LLM.int8.
+#[derive(Args)]
+#[command(next_help_heading = "bitsandbytes")]
+pub(super) struct BnbArgs {
+    /// Nested scales: 0.37 bits per weight less (NF4, FP4)
+    #[arg(long)]
+    double_quant: bool,
+    /// Features of an input that reach this magnitude stay float when the model runs; 0: none does (LLM.int8)
+    #[arg(long, value_name = "SIZE", default_value_t = LlmInt8Options::default().threshold)]
+    llm_int8_threshold: f32,
+}
+
+impl BnbArgs {
+    pub(super) fn bnb4(&self) -> Bnb4Options {
+        Bnb4Options { double_quant: self.double_quant }
+    }
+
+    pub(super) fn llm_int8(&self) -> LlmInt8Options {
+        LlmInt8Options { threshold: self.llm_int8_threshold }
+    }
+}
+
+/// Options of Quanto.
+#[derive(Args)]
+#[command(next_help_heading = "Quanto")]
+pub(super) struct QuantoArgs {
+    /// 8-bit floats instead of integers
+    #[arg(long, value_enum, value_name = "FLOAT")]
+    qfloat8: Option<Float8Name>,
+    /// Where scales and shifts of 2 and 4 bits come from [default: hqq; max with --compat]
+    #[arg(long, value_enum)]
+    optimizer: Option<OptimizerName>,
+}
+
+/// 8-bit floats.
+#[derive(Clone, Copy, ValueEnum)]
+enum Float8Name {
+    #[value(name = "e4m3fn")]
+    E4m3fn,
+    #[value(name = "e4m3fnuz")]
+    E4m3fnuz,
+    #[value(name = "e5m2")]
+    E5m2,
+}
+
+/// Quanto's optimizers of scales and shifts.
+#[derive(Clone, Copy, ValueEnum)]
+enum OptimizerName {
+    /// The range of the weights
+    Max,
+    /// HQQ's solver
+    Hqq,
+}
+
+impl QuantoArgs {
+    pub(super) fn options(&self, bits: Option<u8>, compat: bool) -> QuantoOptions {
+        let weights = match (self.qfloat8, bits) {
+            (Some(Float8Name::E4m3fn), _) => QuantoType::Qfloat8E4m3fn,
+            (Some(Float8Name::E4m3fnuz), _) => QuantoType::Qfloat8E4m3fnuz,
+            (Some(Float8Name::E5m2), _) => QuantoType::Qfloat8E5m2,
+            (None, Some(2)) => QuantoType::Qint2,
+            (None, Some(8)) => QuantoType::Qint8,
+            (None, _) => QuantoType::Qint4,
+        };
+        let optimizer = self.optimizer.map(|name| match name {
+            OptimizerName::Max => QuantoOptimizer::Max,
+            OptimizerName::Hqq => QuantoOptimizer::Hqq,
+        });
+        QuantoOptions { weights, optimizer, compat }
     }
 }
