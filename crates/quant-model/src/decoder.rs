@@ -111,9 +111,8 @@ impl Decoder {
 
     /// How products are computed: exactly, unless told otherwise, and where no layer has a fast product.
     pub fn compute(&self) -> Compute {
-        let linears = self.blocks.iter().flat_map(Block::linears).chain([&*self.head.linear]);
-        let mut packed = linears.filter_map(Linear::packed);
-        if packed.any(|packed| packed.matrix.fast_input().is_some()) { self.compute } else { Compute::Exact }
+        let mut linears = self.blocks.iter().flat_map(Block::linears).chain([&*self.head.linear]);
+        if linears.any(Linear::has_fast) { self.compute } else { Compute::Exact }
     }
 
     /// Chooses how products with quantized weights are computed. Caches made before keep their type.
@@ -148,7 +147,7 @@ impl Decoder {
 
     /// An empty cache for one text: exact in f32, fast in 16 bits.
     pub fn new_cache(&self) -> KvCache {
-        let kind = match self.compute {
+        let kind = match self.compute() {
             Compute::Exact => KvType::F32,
             Compute::Fast => KvType::F16,
         };

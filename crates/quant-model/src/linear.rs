@@ -58,6 +58,11 @@ pub trait Linear: Send + Sync {
         self.forward(x, out)
     }
 
+    /// Whether [`Compute::Fast`] is anything but the exact product.
+    fn has_fast(&self) -> bool {
+        false
+    }
+
     /// A layer that may have a fast product.
     fn packed(&self) -> Option<Packed<'_>> {
         None
@@ -274,6 +279,10 @@ impl Linear for DenseLinear {
         add_bias(self.bias.as_deref(), out);
         Ok(())
     }
+
+    fn has_fast(&self) -> bool {
+        self.weight.0.has_bf16()
+    }
 }
 
 /// A quantized linear layer. The exact product has the bits of its dequantized twin on the input that it sees: a layout
@@ -341,6 +350,11 @@ impl Linear for PackedLinear {
         self.weight.matmul_bf16(x, out.view_mut())?;
         add_bias(self.bias.as_deref(), out);
         Ok(())
+    }
+
+    fn has_fast(&self) -> bool {
+        let integers = || self.packed().is_some_and(|packed| packed.matrix.fast_input().is_some());
+        self.input == ActSpec::Float || integers()
     }
 
     fn packed(&self) -> Option<Packed<'_>> {

@@ -132,6 +132,11 @@ impl DensePanels {
         multiply(shape, 1.0, Plain::new(x), Singles(self), 0.0, out)
     }
 
+    /// Whether [`DensePanels::matmul_bf16`] rounds: weights of 32 bits have the exact product only.
+    pub fn has_bf16(&self) -> bool {
+        self.kind != Kind::F32
+    }
+
     /// The same with operands rounded to bf16: the bits of [`crate::matmul_nt_bf16`]. Weights of 32 bits are not
     /// rounded, nor are their activations: that product is the exact one.
     pub fn matmul_bf16(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) -> Result<(), ShapeError> {
