@@ -159,6 +159,14 @@ pub(super) fn offset_form(offset: &Offset) -> Option<OffsetForm> {
     })
 }
 
+/// The shifts of a matrix that has them with this sign.
+fn own_shift(matrix: &QuantizedMatrix, sign: i8) -> Option<&Params> {
+    match &matrix.offset {
+        Offset::Shift { param, sign: own } if *own == f32::from(sign) => Some(param),
+        _ => None,
+    }
+}
+
 /// Codes, grid and offset of an integer form.
 fn integers(
     matrix: &QuantizedMatrix,
@@ -206,6 +214,11 @@ fn integers(
             Offset::Zero(Params::U8(zeros.collect::<Option<_>>()?))
         }
         OffsetForm::Float(kind) => Offset::Zero(rounded(&of_groups(&|g| zero(g) + start), kind)?),
+        // Shifts that stay as they are may have two levels.
+        OffsetForm::Shift { sign, kind } if start == 0.0 && own_shift(matrix, sign).is_some() => {
+            let param = regrouped.params(own_shift(matrix, sign)?, kind, 1.0)?;
+            Offset::Shift { param, sign: f32::from(sign) }
+        }
         OffsetForm::Shift { sign, kind } => {
             let shift = of_groups(&|g| {
                 let scale = f64::from(matrix.scales.get(g)) * unit;

@@ -361,6 +361,8 @@ fn offsets_for(matrix: &QuantizedMatrix, spec: &QuantSpec) -> Vec<OffsetForm> {
                 OffsetForm::Shift { sign: -1, kind },
             ]);
         }
+        // Shifts of two levels, as those of k-quants.
+        forms.extend(own.filter(|own| !forms.contains(own)));
     }
     forms
 }

@@ -236,6 +236,20 @@ fn a_checkpoint_keeps_its_numbers_and_says_so() {
 }
 
 #[test]
+fn blocks_of_gguf_stay_what_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    for ty in ["q4_0", "q5_1", "q2_k", "q3_k", "q4_k", "q4_k_m", "q5_k", "q6_k", "iq4_nl", "iq4_xs"] {
+        let out = folder.path().join(format!("{ty}.gguf"));
+        let from = golden(&format!("gguf-llama256-{ty}")).join("model.gguf");
+        let done = convert(&from, &out, &ConvertConfig::new("gguf"), &Silent).unwrap();
+        for layer in &done.tensors {
+            assert_eq!(layer.verdict, Verdict::Identical, "{ty} {}", layer.name);
+            assert_eq!(layer.input_sha256, layer.output_sha256, "{ty} {}", layer.name);
+        }
+    }
+}
+
+#[test]
 fn auto_takes_gguf_where_the_output_is_named_so() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("model.gguf");

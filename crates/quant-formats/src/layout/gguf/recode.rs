@@ -57,6 +57,8 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
     let count = rows * cols / group;
     let (mut scales, mut shifts, mut exponents) = (Vec::with_capacity(count), Vec::new(), Vec::new());
     let (mut codes, mut row) = (vec![0; cols], vec![0; cols]);
+    // What each code becomes, for the zero point of the group before: mostly they are alike.
+    let (mut map, mut map_zero) = ([None; 256], f32::NAN);
     for r in 0..rows {
         matrix.codes.unpack_row(r, &mut codes);
         for start in (0..cols).step_by(group) {
@@ -92,8 +94,14 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
                     return Err(unsupported("shifts", "that are added", remedy).into());
                 }
             };
-            for c in start..start + group {
-                row[c] = code(matrix, codes[c], zero, unit, codec)?;
+            if zero != map_zero {
+                let known = map.iter_mut().zip(0..=matrix.codes.max());
+                known.for_each(|(new, code)| *new = recoded(matrix, code, zero, unit, codec));
+                map_zero = zero;
+            }
+            for (new, &code) in row[start..].iter_mut().zip(&codes[start..start + group]) {
+                let known = map[usize::from(code)];
+                *new = known.ok_or_else(|| refused(steps(matrix, code, zero, unit), codec))?;
             }
         }
         out.set_row(r, &row);
@@ -111,20 +119,34 @@ pub(super) fn recode(matrix: &QuantizedMatrix, codec: &Codec) -> Result<Quantize
     Ok(recoded)
 }
 
-/// The code that stands for the same number.
-fn code(matrix: &QuantizedMatrix, code: u8, zero: f32, unit: f32, target: &Codec) -> Result<u8, Unsupported> {
-    let GridOf::Int(midpoint) = target.grid else { return Ok(code) };
-    let value = match &matrix.grid {
+/// Steps of the grid above zero that a code stands for.
+fn steps(matrix: &QuantizedMatrix, code: u8, zero: f32, unit: f32) -> f32 {
+    match &matrix.grid {
         Grid::Int { midpoint } => f32::from(code) - *midpoint as f32 - zero,
         Grid::Table(table) => (table[usize::from(code)] - zero) / unit,
-    } + midpoint as f32;
-    let max = f32::from(u8::MAX >> (8 - target.bits));
-    if value.fract() != 0.0 || !(0.0..=max).contains(&value) {
-        let (low, high) = (-midpoint, max as i32 - midpoint);
-        let remedy = format!("{} holds whole steps from {low} to {high}; choose a wider type", target.ty);
-        return Err(unsupported("a value", format!("of {} steps", value - midpoint as f32), remedy));
     }
-    Ok(value as u8)
+}
+
+/// The greatest code of a type.
+fn max_code(target: &Codec) -> f32 {
+    f32::from(u8::MAX >> (8 - target.bits))
+}
+
+/// The code that stands for the same number, if there is one.
+fn recoded(matrix: &QuantizedMatrix, code: u8, zero: f32, unit: f32, target: &Codec) -> Option<u8> {
+    let GridOf::Int(midpoint) = target.grid else { return Some(code) };
+    let value = steps(matrix, code, zero, unit) + midpoint as f32;
+    (value.fract() == 0.0 && (0.0..=max_code(target)).contains(&value)).then_some(value as u8)
+}
+
+/// A number that a type does not hold.
+fn refused(steps: f32, target: &Codec) -> Unsupported {
+    let GridOf::Int(midpoint) = target.grid else {
+        return unsupported("a value", steps, "choose another type");
+    };
+    let (low, high) = (-midpoint, max_code(target) as i32 - midpoint);
+    let remedy = format!("{} holds whole steps from {low} to {high}; choose a wider type", target.ty);
+    unsupported("a value", format!("of {steps} steps"), remedy)
 }
 
 /// A parameter that f16 holds exactly.

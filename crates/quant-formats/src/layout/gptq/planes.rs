@@ -6,6 +6,7 @@
 use quant_core::codes::{gather, spread};
 
 /// Width of each plane and its lowest bit in the code, for 2 to 8 bits.
+#[inline(always)]
 fn planes(bits: u8) -> &'static [(u8, u8)] {
     match bits {
         3 => &[(2, 0), (1, 2)],
@@ -20,55 +21,66 @@ fn planes(bits: u8) -> &'static [(u8, u8)] {
 
 /// Planes to codes side by side, in blocks of 32 codes.
 pub(super) fn join(bits: u8, bytes: &mut [u8]) {
-    blocks(bits, bytes, |bits, block, out| {
-        for (octet, out) in out.chunks_exact_mut(usize::from(bits)).enumerate() {
-            let mut codes = 0;
-            let mut start = 0;
-            for &(width, offset) in planes(bits) {
-                let w = usize::from(width);
-                codes |= spread(width, load(&block[start + w * octet..][..w])) << offset;
-                start += 4 * w;
-            }
-            out.copy_from_slice(&gather(bits, codes).to_le_bytes()[..usize::from(bits)]);
-        }
-    });
-}
-
-/// The inverse of [`join`].
-pub(super) fn cut(bits: u8, bytes: &mut [u8]) {
-    blocks(bits, bytes, |bits, block, out| {
-        for (octet, codes) in block.chunks_exact(usize::from(bits)).enumerate() {
-            let codes = spread(bits, load(codes));
-            let mut start = 0;
-            for &(width, offset) in planes(bits) {
-                let w = usize::from(width);
-                let plane = gather(width, codes >> offset).to_le_bytes();
-                out[start + w * octet..][..w].copy_from_slice(&plane[..w]);
-                start += 4 * w;
-            }
-        }
-    });
-}
-
-/// Rewrites each block of 32 codes. With the number of bits known to the compiler, its loops unroll.
-fn blocks(bits: u8, bytes: &mut [u8], rewrite: impl Fn(u8, &[u8], &mut [u8])) {
-    fn each<const N: usize>(bytes: &mut [u8], rewrite: impl Fn(u8, &[u8], &mut [u8])) {
-        for block in bytes.as_chunks_mut::<N>().0 {
-            let mut out = [0; N];
-            rewrite((N / 4) as u8, block, &mut out);
-            *block = out;
-        }
-    }
+    // With the number of bits known to the compiler, loops unroll and shifts are constants.
     match bits {
-        3 => each::<12>(bytes, rewrite),
-        5 => each::<20>(bytes, rewrite),
-        6 => each::<24>(bytes, rewrite),
-        7 => each::<28>(bytes, rewrite),
+        3 => rewrite::<12>(bytes, |block, out| join_block(3, block, out)),
+        5 => rewrite::<20>(bytes, |block, out| join_block(5, block, out)),
+        6 => rewrite::<24>(bytes, |block, out| join_block(6, block, out)),
+        7 => rewrite::<28>(bytes, |block, out| join_block(7, block, out)),
         // One plane is the bit stream itself.
         _ => {}
     }
 }
 
+/// The inverse of [`join`].
+pub(super) fn cut(bits: u8, bytes: &mut [u8]) {
+    match bits {
+        3 => rewrite::<12>(bytes, |block, out| cut_block(3, block, out)),
+        5 => rewrite::<20>(bytes, |block, out| cut_block(5, block, out)),
+        6 => rewrite::<24>(bytes, |block, out| cut_block(6, block, out)),
+        7 => rewrite::<28>(bytes, |block, out| cut_block(7, block, out)),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn rewrite<const N: usize>(bytes: &mut [u8], block: impl Fn(&[u8; N], &mut [u8; N])) {
+    for old in bytes.as_chunks_mut::<N>().0 {
+        let mut new = [0; N];
+        block(old, &mut new);
+        *old = new;
+    }
+}
+
+#[inline(always)]
+fn join_block<const N: usize>(bits: u8, block: &[u8; N], out: &mut [u8; N]) {
+    for (octet, out) in out.chunks_exact_mut(usize::from(bits)).enumerate() {
+        let mut codes = 0;
+        let mut start = 0;
+        for &(width, offset) in planes(bits) {
+            let w = usize::from(width);
+            codes |= spread(width, load(&block[start + w * octet..][..w])) << offset;
+            start += 4 * w;
+        }
+        out.copy_from_slice(&gather(bits, codes).to_le_bytes()[..usize::from(bits)]);
+    }
+}
+
+#[inline(always)]
+fn cut_block<const N: usize>(bits: u8, block: &[u8; N], out: &mut [u8; N]) {
+    for (octet, codes) in block.chunks_exact(usize::from(bits)).enumerate() {
+        let codes = spread(bits, load(codes));
+        let mut start = 0;
+        for &(width, offset) in planes(bits) {
+            let w = usize::from(width);
+            let plane = gather(width, codes >> offset).to_le_bytes();
+            out[start + w * octet..][..w].copy_from_slice(&plane[..w]);
+            start += 4 * w;
+        }
+    }
+}
+
+#[inline(always)]
 fn load(bytes: &[u8]) -> u64 {
     let mut word = [0; 8];
     word[..bytes.len()].copy_from_slice(bytes);
