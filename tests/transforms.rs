@@ -161,6 +161,40 @@ fn folding_powers_of_two_changes_no_bit() {
     }
 }
 
+/// Other factors round: the norm's weight when it is divided, the linear's when it is multiplied, and the normalised
+/// input anew. So each product is off by at most four roundings, and a sum of them by four roundings of its magnitudes.
+#[test]
+fn folding_any_factor_changes_four_roundings() {
+    let mut random = Random(7);
+    for name in ["base-llama", "base-qwen3"] {
+        let base = Checkpoint::open(golden(name)).unwrap();
+        let spec = Arc::new(ArchSpec::from_config(base.config()).unwrap());
+        let path = spec.block_path(0, &base);
+        let scales: Vec<f32> =
+            (0..spec.hidden_size).map(|_| 0.01 + random.below(100_000) as f32 / 1000.0).collect();
+        let rewrites = transform::fold(&spec.producer(0), 0, spec.slots(0), &scales);
+        let mut rewritten = Rewritten { base: &base, tensors: BTreeMap::new() };
+        rewritten.apply(&spec, &path, &rewrites);
+        let x =
+            Array2::from_shape_simple_fn((8, spec.hidden_size), || random.below(2001) as f32 / 500.0 - 2.0);
+        let run = |source: &dyn WeightSource| {
+            let normed = Block::load_without_linears(&spec, 0, source).unwrap().begin(x.view());
+            let weight = source.tensor(&format!("{path}.self_attn.q_proj.weight")).unwrap().to_f32().unwrap();
+            let dim = (spec.q_size(), spec.hidden_size);
+            (normed.mapv(f64::from), Array2::from_shape_vec(dim, weight).unwrap().mapv(f64::from))
+        };
+        let ((n, w), (n_after, w_after)) = (run(&base), run(&rewritten));
+        assert_ne!(w, w_after);
+        let (before, after) = (n.dot(&w.t()), n_after.dot(&w_after.t()));
+        let magnitudes = n.mapv(f64::abs).dot(&w.mapv(f64::abs).t());
+        // Half an EPSILON each; a thousandth more for their products, and for sums in f64.
+        let bound = 4.0 * 1.001 * 0.5 * f64::from(f32::EPSILON);
+        for ((before, after), magnitude) in before.iter().zip(&after).zip(&magnitudes) {
+            assert!((before - after).abs() <= bound * magnitude, "{name}: {before} {after}");
+        }
+    }
+}
+
 /// Mean KL divergence of a model's logits from those of the float model.
 fn divergence(float: &Model, model: &Model, ids: &[u32]) -> f64 {
     let (expected, found) = (float.logits(ids).unwrap(), model.logits(ids).unwrap());

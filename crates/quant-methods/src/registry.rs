@@ -84,7 +84,10 @@ pub const TRANSFORMS: &[TransformEntry] = &[
     TransformEntry { name: "awq-scale", build: |o| Box::new(AwqScale::new(o.awq)) },
     TransformEntry {
         name: "smoothquant",
-        build: |o| Box::new(SmoothQuant { alpha: o.w8a8.alpha.unwrap_or(SmoothQuant::ALPHA) }),
+        build: |o| {
+            let alpha = o.w8a8.alpha.unwrap_or(SmoothQuant::ALPHA);
+            Box::new(SmoothQuant { alpha, outputs: o.w8a8.smooth_outputs })
+        },
     },
 ];
 

@@ -7,8 +7,8 @@
 //! s_k = max|x_k|^α / max|w_k|^(1-α)            α: migration strength
 //! ```
 //!
-//! with `w_k` the column `k` of all linears that share the input. Attention's and the MLP's output projections are left
-//! as they are, as in the reference.
+//! with `w_k` the column `k` of all linears that share the input. The reference leaves attention's and the MLP's projections
+//! back as they are; [`SmoothQuant::outputs`] smooths their inputs, too, which value and up projections take up.
 
 use ndarray::Axis;
 use quant_core::Producer;
@@ -22,6 +22,8 @@ use crate::transform::{Stage, StageRunner, Stopped, Transform};
 pub struct SmoothQuant {
     /// Migration strength `α`, 0 to 1: how much of the difficulty moves into the weights.
     pub alpha: f32,
+    /// Smooth inputs that other linears make, too, not only those behind norms.
+    pub outputs: bool,
 }
 
 impl SmoothQuant {
@@ -47,7 +49,11 @@ impl Transform for SmoothQuant {
     }
 
     fn covers(&self, producer: &Producer) -> bool {
-        matches!(producer, Producer::Norm(_))
+        match producer {
+            Producer::Norm(_) => true,
+            Producer::Outputs { .. } => self.outputs,
+            Producer::Fixed { .. } => false,
+        }
     }
 
     fn scales(&self, stage: &Stage<'_>, _: &mut dyn StageRunner) -> Result<Option<Vec<f32>>, Stopped> {
@@ -56,7 +62,11 @@ impl Transform for SmoothQuant {
         for row in stage.weights.iter().flat_map(|w| w.axis_iter(Axis(0))) {
             weights.iter_mut().zip(row).for_each(|(max, w)| *max = max.max(w.abs()));
         }
-        Ok(Some(migration(&magnitudes.max, &weights, self.alpha)))
+        let mut activations = magnitudes.max.clone();
+        let largest = |values: &[f32]| values.iter().copied().fold(0.0, f32::max);
+        stage.share(&mut activations, largest);
+        stage.share(&mut weights, largest);
+        Ok(Some(migration(&activations, &weights, self.alpha)))
     }
 }
 
@@ -90,11 +100,18 @@ mod tests {
         let producer = Producer::Fixed { because: "a test" };
         let stage =
             Stage { weights: &weights, specs: &[], producer: &producer, magnitudes: Some(&magnitudes) };
-        let found = SmoothQuant { alpha: 0.5 }.scales(&stage, &mut Never).unwrap().unwrap();
+        let found = SmoothQuant { alpha: 0.5, outputs: false }.scales(&stage, &mut Never).unwrap().unwrap();
         // 4 / 2, and 3 / 0.5: afterwards both reach the same magnitude, 8 and 1.5.
         for (found, exact) in found.iter().zip([2.0, 6.0]) {
             assert!((found - exact).abs() < 2e-5 * exact, "{found} {exact}");
         }
+        // Both inputs are made by one row: the largest magnitudes are 16 and 4.
+        let producer = Producer::Outputs { slot: 0, rows: vec![0, 0] };
+        let stage = Stage { producer: &producer, ..stage };
+        let method = SmoothQuant { alpha: 0.5, outputs: true };
+        let found = method.scales(&stage, &mut Never).unwrap().unwrap();
+        assert!(found[0] == found[1] && (found[0] - 2.0).abs() < 4e-5, "{found:?}");
+        assert!(method.covers(&producer) && !SmoothQuant { outputs: false, ..method }.covers(&producer));
         assert!(migration(&[0.0], &[0.0], 0.5)[0] >= 0.9, "a dead feature stays");
     }
 }

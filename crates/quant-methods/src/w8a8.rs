@@ -18,6 +18,8 @@ use crate::transform::Transform;
 pub struct W8a8Options {
     /// Migration strength of SmoothQuant; `None` leaves activations as they are.
     pub alpha: Option<f32>,
+    /// Smooth the inputs of attention's and the MLP's projections back, too.
+    pub smooth_outputs: bool,
     /// How activations are rounded.
     pub activations: Activations,
 }
@@ -25,7 +27,7 @@ pub struct W8a8Options {
 impl Default for W8a8Options {
     /// Half of the difficulty migrates; scales of tokens are found when a model runs.
     fn default() -> Self {
-        Self { alpha: Some(SmoothQuant::ALPHA), activations: Activations::Dynamic }
+        Self { alpha: Some(SmoothQuant::ALPHA), smooth_outputs: false, activations: Activations::Dynamic }
     }
 }
 
@@ -95,7 +97,9 @@ impl Quantizer for W8a8 {
     }
 
     fn transforms(&self) -> Vec<Box<dyn Transform>> {
-        let smooth = |alpha| Box::new(SmoothQuant { alpha }) as Box<dyn Transform>;
+        let smooth = |alpha| {
+            Box::new(SmoothQuant { alpha, outputs: self.options.smooth_outputs }) as Box<dyn Transform>
+        };
         self.options.alpha.map(smooth).into_iter().collect()
     }
 
