@@ -8,7 +8,7 @@
 //! ```
 //!
 //! with `w_k` the column `k` of all linears that share the input. The reference leaves attention's and the MLP's projections
-//! back as they are; [`SmoothQuant::outputs`] smooths their inputs, too, which value and up projections take up.
+//! back as they are; [`SmoothQuant::outputs`] smooths their inputs, too, and value and up projections take up the factors.
 
 use ndarray::Axis;
 use quant_core::Producer;

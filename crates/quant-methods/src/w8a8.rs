@@ -25,9 +25,9 @@ pub struct W8a8Options {
 }
 
 impl Default for W8a8Options {
-    /// Half of the difficulty migrates; scales of tokens are found when a model runs.
+    /// Half of the difficulty migrates, for all inputs; scales of tokens are found when a model runs.
     fn default() -> Self {
-        Self { alpha: Some(SmoothQuant::ALPHA), smooth_outputs: false, activations: Activations::Dynamic }
+        Self { alpha: Some(SmoothQuant::ALPHA), smooth_outputs: true, activations: Activations::Dynamic }
     }
 }
 

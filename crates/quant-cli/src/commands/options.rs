@@ -116,9 +116,9 @@ pub(crate) struct QuantizeOptions {
     /// leaves them as they are [default: 0.5]
     #[arg(long, value_name = "ALPHA", value_parser = smooth, help_heading = "W8A8")]
     smooth: Option<Smooth>,
-    /// Smooth the inputs of attention's and the MLP's projections back, too
+    /// Smooth inputs behind norms only, not those of attention's and the MLP's projections back
     #[arg(long, help_heading = "W8A8")]
-    smooth_outputs: bool,
+    no_smooth_outputs: bool,
     /// Where the scale of static activations comes from; without it each token has its own at run time
     #[arg(long, value_enum, value_name = "OBSERVER", help_heading = "W8A8")]
     static_activations: Option<ObserverName>,
@@ -231,7 +231,7 @@ impl QuantizeOptions {
         });
         let w8a8 = W8a8Options {
             alpha: self.smooth.map_or(W8a8Options::default().alpha, |Smooth(alpha)| alpha),
-            smooth_outputs: self.smooth_outputs,
+            smooth_outputs: !self.no_smooth_outputs,
             activations: observer.map_or(Activations::Dynamic, Activations::Static),
         };
         let symmetric = match (self.sym, self.asym) {
