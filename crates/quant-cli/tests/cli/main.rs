@@ -1,6 +1,7 @@
 //! The program as its users see it: arguments in, files, text and exit codes out.
 
 mod bad_input;
+mod calibration_free;
 mod chat;
 mod convert;
 mod embed;
