@@ -235,11 +235,13 @@ fn awq_loses_no_more_than_its_reference() {
         let expected = Golden::open(base);
         let ids = expected.i32("calib_input_ids").into_dimensionality::<Ix2>().unwrap();
         let samples = ids.mapv(|id| u32::try_from(id).unwrap());
-        let config = QuantizeConfig {
+        let mut config = QuantizeConfig {
             group: GroupSize::Columns(group),
             calibration: CalibrationSource::Ids(samples.rows().into_iter().map(|row| row.to_vec()).collect()),
             ..QuantizeConfig::new("awq").unwrap()
         };
+        // AutoAWQ tries its candidates on all of them.
+        config.options.awq.tokens = samples.len();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let summary = quant::quantize(&golden(base), &out, &config, &Silent).unwrap();
