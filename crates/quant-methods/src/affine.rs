@@ -93,11 +93,22 @@ pub(crate) fn relative(error: f64, w: f64) -> f64 {
     if w > 0.0 { (error / w).sqrt() } else { 0.0 }
 }
 
-/// The result for weights `w`, begun at `start`, with its error.
-pub(crate) fn measured(start: Instant, w: ArrayView2<'_, f32>, matrix: QuantizedMatrix) -> Quantized {
-    let rel_error = relative(square_error(w, &matrix), square_norm(w));
-    let report = LayerReport { rel_error, seconds: start.elapsed().as_secs_f64(), ..LayerReport::default() };
-    Quantized { matrix, report }
+/// Checks the layers of a call, makes a matrix of each with `encode(layer, weights, spec)`, and measures time and error.
+pub(crate) fn each_layer(
+    method: &dyn Quantizer,
+    layers: Vec<LayerWeights>,
+    encode: impl Fn(usize, ArrayView2<'_, f32>, &QuantSpec) -> Result<QuantizedMatrix, QuantizeError>,
+) -> Result<Vec<Quantized>, QuantizeError> {
+    let layers = checked(method, layers)?;
+    let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
+        let start = Instant::now();
+        let matrix = encode(layer, w.view(), &spec)?;
+        let rel_error = relative(square_error(w.view(), &matrix), square_norm(w.view()));
+        let report =
+            LayerReport { rel_error, seconds: start.elapsed().as_secs_f64(), ..LayerReport::default() };
+        Ok(Quantized { matrix, report })
+    };
+    layers.into_iter().enumerate().map(each).collect()
 }
 
 /// Fills the codes of each row with `fill(row, out)`, in parallel.

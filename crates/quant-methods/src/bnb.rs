@@ -12,9 +12,6 @@
 //!
 //! Codes and scales are those of the library on a CPU.
 
-use std::sync::Arc;
-use std::time::Instant;
-
 use half::f16;
 use ndarray::ArrayView2;
 use quant_core::{
@@ -23,6 +20,7 @@ use quant_core::{
 };
 use quant_math::affine::code_bits;
 use quant_math::{Codebook, Grouped};
+use std::sync::Arc;
 
 use crate::affine;
 use crate::quantizer::{LayerWeights, QuantizeError, Quantized, Quantizer};
@@ -211,12 +209,7 @@ impl Quantizer for Bnb4 {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view(), &spec)?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, spec| self.encode(layer, w, spec))
     }
 }
 
@@ -328,12 +321,7 @@ impl Quantizer for LlmInt8 {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, .. }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view())?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, _| self.encode(layer, w))
     }
 }
 

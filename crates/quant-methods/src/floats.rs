@@ -9,8 +9,6 @@
 //! Ties go to the even code. Of the two scales of the 4-bit formats (the first is what OCP's and NVIDIA's rules say) the
 //! one with the smaller squared error is taken: the grid's last gap, from 4 to 6, is wide.
 
-use std::time::Instant;
-
 use ndarray::ArrayView2;
 use quant_core::minifloat::{e4m3_to_f32, e8m0_to_f32};
 use quant_core::{
@@ -184,12 +182,7 @@ impl Quantizer for Floats {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view(), &spec)?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, spec| self.encode(layer, w, spec))
     }
 }
 

@@ -11,8 +11,6 @@
 //! Codes are chosen with the scale in f32 (multiplying with `1 / d`), which is then rounded to f16: the bytes are those
 //! of `ggml_quantize_chunk` without an importance matrix (`ggml/src/ggml-quants.c` in llama.cpp), and no better.
 
-use std::time::Instant;
-
 use half::f16;
 use ndarray::ArrayView2;
 use quant_core::{
@@ -213,12 +211,7 @@ impl Quantizer for Ggml {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, .. }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view())?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, _| self.encode(layer, w))
     }
 }
 

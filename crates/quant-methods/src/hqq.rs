@@ -10,8 +10,6 @@
 //! - the solver works with the scale as it is stored (f16), and codes are chosen for the stored zero point;
 //! - groups whose weights hardly differ keep them, where the library falls back to a scale of 1.
 
-use std::time::Instant;
-
 use half::f16;
 use ndarray::ArrayView2;
 use quant_core::{
@@ -208,11 +206,6 @@ impl Quantizer for Hqq {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view(), &spec)?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, spec| self.encode(layer, w, spec))
     }
 }

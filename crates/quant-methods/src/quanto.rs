@@ -12,8 +12,6 @@
 //! does ([`quant_math::proximal`]), which the library offers, but only for shifts and not by default; parameters are
 //! f16, and codes chosen for them, where the library keeps the type of the weights.
 
-use std::time::Instant;
-
 use half::f16;
 use ndarray::ArrayView2;
 use quant_core::{
@@ -265,15 +263,9 @@ impl Quantizer for Quanto {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
-            let start = Instant::now();
-            let matrix = match spec.bits {
-                8 => self.encode_wide(layer, w.view(), spec.grid),
-                bits => self.encode_narrow(layer, w.view(), bits, spec.group.len(w.ncols())),
-            };
-            Ok(affine::measured(start, w.view(), matrix?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+        affine::each_layer(self, layers, |layer, w, spec| match spec.bits {
+            8 => self.encode_wide(layer, w, spec.grid),
+            bits => self.encode_narrow(layer, w, bits, spec.group.len(w.ncols())),
+        })
     }
 }

@@ -11,8 +11,6 @@
 //! - weights are not rounded to f16 first;
 //! - every layer is evened out, where the library rounds those with a kurtosis above 5 to nearest, without a word.
 
-use std::time::Instant;
-
 use half::f16;
 use ndarray::{ArrayView1, ArrayView2};
 use quant_core::{
@@ -463,19 +461,16 @@ impl Quantizer for Sinq {
     }
 
     fn quantize(&self, layers: Vec<LayerWeights>, _: LayerStats) -> Result<Vec<Quantized>, QuantizeError> {
-        let layers = affine::checked(self, layers)?;
-        let each = |(layer, LayerWeights { w, spec }): (usize, LayerWeights)| {
-            let start = Instant::now();
+        affine::each_layer(self, layers, |layer, w, spec| {
             let too_large = |r: usize| {
                 contiguous(w.row(r)).iter().position(|&w| !f16::from_f32(w).is_finite()).map(|c| (r, c))
             };
             if self.options.compat
                 && let Some((row, col)) = (0..w.nrows()).into_par_iter().find_map_first(too_large)
             {
-                return Err(overflow(layer, w.view(), row, col, 1, spec.bits));
+                return Err(overflow(layer, w, row, col, 1, spec.bits));
             }
-            Ok(affine::measured(start, w.view(), self.encode(layer, w.view(), &spec)?))
-        };
-        layers.into_iter().enumerate().map(each).collect()
+            self.encode(layer, w, spec)
+        })
     }
 }
